@@ -1,0 +1,179 @@
+"""kNN and the linear probe against scikit-learn; evaluation leaves the network as it was."""
+
+import math
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+import simclr
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Features of drawn shapes from an untrained backbone: train x, y and test x, y."""
+    torch.manual_seed(0)
+    backbone, _ = simclr.build_backbone("convnet", 32)
+    parts = []
+    for n, seed in ((2000, 1), (1000, 2)):
+        images, labels = simclr.draw_shapes(n, seed)
+        parts += [simclr.extract_features(backbone, images, torch.device("cpu")), labels]
+    return parts
+
+
+@pytest.mark.parametrize("k", [1, 10, 50])
+def test_knn_equals_scikit_learn(features, k):
+    train_x, train_y, test_x, test_y = features
+    reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train_x, train_y)
+    # votes may tie at equal distances; float32 and float64 may then differ on a single image
+    expected = 100 * reference.score(test_x, test_y)
+    mine = simclr.knn_accuracy(train_x, train_y, test_x, test_y, k)
+    assert mine == pytest.approx(expected, abs=0.11)
+
+
+def test_knn_with_fewer_images_than_neighbours():
+    x, y = torch.eye(3), torch.tensor([0, 1, 2])
+    assert simclr.knn_accuracy(x, y, x, y, k=10) == pytest.approx(100 / 3)  # all tie: class 0
+    assert simclr.knn_accuracy(x, y, x, y, k=1) == 100
+
+
+def test_linear_probe_equals_scikit_learn(features):
+    train_x, train_y, test_x, test_y = features
+    scaler = StandardScaler().fit(train_x)
+    reference = LogisticRegression(C=1.0, max_iter=5000).fit(scaler.transform(train_x), train_y)
+    expected = 100 * reference.score(scaler.transform(test_x), test_y)
+    mine = simclr.linear_probe(train_x, train_y, test_x, test_y)
+    assert 20 < expected < 95  # a level at which the two could differ
+    assert mine == pytest.approx(expected, abs=0.3)
+    assert simclr.linear_probe(train_x, train_y, test_x, test_y) == mine
+
+
+def test_linear_probe_separates_what_is_separable():
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.eye(4).repeat(10, 1) + 0.01 * x
+    y = torch.arange(4).repeat(10)
+    assert simclr.linear_probe(x, y, x, y) == 100
+    x = torch.cat([x, 0 * x], dim=1)  # dimensions without variance do no harm
+    assert simclr.linear_probe(x, y, x, y) == 100
+
+
+def test_effective_rank():
+    assert simclr.effective_rank(torch.eye(16)) == pytest.approx(16, rel=1e-5)
+    assert simclr.effective_rank(torch.ones(50, 8)) == pytest.approx(1, abs=0.01)
+    x = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    sigma = torch.linalg.svdvals(x.double())
+    p = sigma / sigma.sum()
+    expected = math.exp(-sum(v * math.log(v) for v in p.tolist()))
+    assert simclr.effective_rank(x) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("arch", ["convnet", "resnet18"])
+def test_evaluation_leaves_the_network_alone(arch):
+    """Every parameter and buffer, every mode and the random state are as before."""
+    args = simclr.parse_args(["--data", "shapes", "--arch", arch])
+    images, labels = simclr.draw_shapes(60, 1)
+    labels[:10] = -1  # unlabelled images are left out of the probes
+    data = simclr.Data(images, labels, images, labels.clamp(min=0), list(range(10)))
+    torch.manual_seed(0)
+    model = simclr.Model(args, 32, 10)
+    model(images.float() / 255, images.float() / 255)  # move the buffers off their initial values
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    metrics = simclr.evaluate(model, data, torch.device("cpu"), linear=True)
+    assert set(metrics) == {"knn", "online", "rank", "linear"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_features_do_not_depend_on_the_batch():
+    images, _ = simclr.draw_shapes(30, 1)
+    torch.manual_seed(0)
+    backbone, _ = simclr.build_backbone("convnet", 32)
+    whole = simclr.extract_features(backbone, images, torch.device("cpu"))
+    parts = simclr.extract_features(backbone, images, torch.device("cpu"), batch_size=7)
+    torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("size", [32, 224])
+def test_backbone_is_torchvisions(arch, size):
+    """The exported names load into torchvision's own model with strict=True."""
+    import torchvision
+
+    with torch.device("meta"):
+        backbone, num_features = simclr.build_backbone(arch, size)
+        model = getattr(torchvision.models, arch)()
+        assert model.fc.in_features == num_features
+        model.fc = torch.nn.Identity()
+        if size == 32:
+            model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.load_state_dict(backbone.state_dict(), strict=True)
+        assert isinstance(backbone.maxpool, torch.nn.Identity) == (size == 32)
+
+
+def test_online_probe_teaches_no_one():
+    """Labels reach the probe and nothing else: the backbone's gradient does not depend on them."""
+    args = simclr.parse_args(["--data", "shapes", "--batch-size", "16"])
+    images, labels = simclr.draw_shapes(16, 1)
+    gradients = []
+    for y in (labels, (labels + 1) % 10, torch.full_like(labels, -1)):
+        torch.manual_seed(0)
+        model = simclr.Model(args, 32, 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        parts = simclr.train_step(model, optimizer, scaler, simclr.augment, images, y, args, None)
+        assert all(value.isfinite() for value in parts.values())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name in gradients[0]:
+        same = torch.equal(gradients[0][name], gradients[1][name])
+        assert same != name.startswith("probe"), name
+        assert torch.equal(gradients[0][name], gradients[2][name]) != name.startswith("probe"), name
+
+
+def lars_loop(weights, gradients, lr, momentum, weight_decay, eta):
+    """LARS as in VICReg's official code, one tensor and one step at a time."""
+    state = [torch.zeros_like(w) for w in weights]
+    for step in gradients:
+        for i, (w, g) in enumerate(zip(weights, step)):
+            if w.ndim > 1:
+                g = g + weight_decay * w
+                if w.norm() > 0 and g.norm() > 0:
+                    g = g * eta * w.norm() / g.norm()
+            state[i] = momentum * state[i] + g
+            weights[i] = w - lr * state[i]
+    return weights
+
+
+def test_lars_equals_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (4,), (2, 4, 1, 1), (3, 3)]
+    start = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    start[3].zero_()
+    gradients = [[torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+                 for _ in range(4)]
+    params = [torch.nn.Parameter(w.clone()) for w in start]
+    optimizer = simclr.LARS(params, lr=0.3, momentum=0.9, weight_decay=0.1)
+    for step in gradients:
+        for p, g in zip(params, step):
+            p.grad = g.clone()
+        optimizer.step()
+    expected = lars_loop([w.clone() for w in start], gradients, 0.3, 0.9, 0.1, 0.001)
+    for p, w in zip(params, expected):
+        torch.testing.assert_close(p.detach(), w)
+
+
+def test_learning_rate_schedule():
+    args = simclr.parse_args(["--lr", "0.1", "--batch-size", "512", "--data", "shapes"])
+    optimizer = simclr.build_optimizer(simclr.Model(args, 32, 10), args)
+    rates = []
+    for step in range(100):
+        simclr.set_learning_rate(optimizer, step, 100, 10)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    rates = torch.tensor(rates)
+    torch.testing.assert_close(rates[:10, 0], 0.2 * torch.arange(1, 11) / 10)
+    torch.testing.assert_close(rates[55], torch.tensor([0.1, 0.05]))
+    assert rates[99, 0] < 1e-3 and (rates[10:].diff(dim=0) < 0).all()
