@@ -9,7 +9,7 @@ with s the cosine similarity, p the other view of i's image, t the temperature.
 
     Chen et al., A simple framework for contrastive learning of visual representations, ICML 2020
     Garrido et al., On the duality between contrastive and non-contrastive self-supervised
-        learning, ICLR 2023: retuned (t = .15, VICReg's projector) it reaches VICReg's accuracy
+        learning, ICLR 2023: reaches VICReg's accuracy with --head expander --temperature 0.15
     Jing et al., Understanding dimensional collapse in contrastive self-supervised learning,
         ICLR 2022: --head mlp, linear, none are the baselines of its Table 1
 
@@ -21,9 +21,9 @@ Shapes  N images in the batch (of all processes), V views, C H W image, F featur
         D dims of the embedding; h (N, F) representation, z1 z2 (N, D) embeddings
 Leaves  runs/NAME/log.jsonl, last.pt (everything to go on), backbone.pt (torchvision's names)
 
-Differs from the paper (CIFAR-10 recipe): SGD instead of LARS, grayscale .1 instead of .2, no blur,
-projector without BatchNorm; the two views pass the network one after the other, as in VICReg's and
-DirectCLR's code, so BatchNorm's statistics are per view. All of it but the last is a flag.
+Differs from the paper's recipe: SGD instead of LARS, crops from .2 of the area instead of .08,
+grayscale at .1 instead of .2 (all flags); the default projector has no BatchNorm; the two views
+pass the network one after the other, as in VICReg's and DirectCLR's code, BatchNorm per view.
 """
 
 # ==== 1. Imports [shared] =========================================================================
@@ -31,10 +31,13 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import datetime
+import itertools
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,9 +61,9 @@ def add_method_args(parser):
     parser.add_argument("--dim", type=number(int, 1), default=128,
                         help="D, the dimension that the loss acts on; --head none: the backbone's")
     parser.add_argument("--hidden", type=number(int, 1), default=1024,
-                        help="width of the projector's hidden layer (--head mlp)")
-    parser.add_argument("--head", choices=("mlp", "linear", "none"), default="mlp",
-                        help="projector: Linear-ReLU-Linear, one Linear, or none")
+                        help="width of the hidden layers of --head mlp and expander")
+    parser.add_argument("--head", choices=("mlp", "linear", "none", "expander"), default="mlp",
+                        help="projector: Linear-ReLU-Linear, one Linear, none, or VICReg's")
     parser.add_argument("--temperature", type=number(float, 0, above=True), default=0.5,
                         help="t, divides the cosine similarities")
     parser.add_argument("--lr", type=number(float, 0, above=True), default=0.06,
@@ -73,6 +76,12 @@ def build_head(num_features, args):
         return nn.Identity()
     if args.head == "linear":
         return nn.Linear(num_features, args.dim, bias=False)
+    if args.head == "expander":
+        return nn.Sequential(
+            nn.Linear(num_features, args.hidden), nn.BatchNorm1d(args.hidden), nn.ReLU(),
+            nn.Linear(args.hidden, args.hidden), nn.BatchNorm1d(args.hidden), nn.ReLU(),
+            nn.Linear(args.hidden, args.dim, bias=False),
+        )
     return nn.Sequential(
         nn.Linear(num_features, args.hidden), nn.ReLU(), nn.Linear(args.hidden, args.dim)
     )
@@ -131,8 +140,7 @@ def load_data(args):
 
 def load_torchvision(name, root):
     """CIFAR-10, CIFAR-100 or STL-10 as Data, downloaded to root on first use."""
-    dataset = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}[name]
-    dataset = getattr(torchvision.datasets, dataset)
+    dataset = getattr(torchvision.datasets, name.upper())
     train, test = ("train+unlabeled", "test") if name == "stl10" else (True, False)
     try:
         train, test = dataset(root, train, download=True), dataset(root, test, download=True)
@@ -172,6 +180,7 @@ def load_folder(root, size, workers):
 
     def images(part):
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            print(f"reading {len(part.samples):,} images of {part.root}", flush=True)
             out = torch.empty(len(part.samples), 3, size, size, dtype=torch.uint8)
             for i, image in enumerate(pool.map(load, part.samples)):
                 out[i] = image
@@ -184,11 +193,11 @@ def load_folder(root, size, workers):
 
 
 def decode_image(path):
-    """Read one image file as uint8 RGB (3, H, W); ends the program, naming it, where it cannot."""
+    """Read one image file as uint8 RGB (3, H, W); OSError that names it where it cannot be read."""
     try:
         return pil_to_tensor(torchvision.datasets.folder.default_loader(path))
     except Exception as error:  # a damaged file can raise nearly anything
-        fail(f"cannot read the image {path}: {error}")
+        raise OSError(f"the image {path} is unreadable: {error}") from error
 
 
 def box(u, v, a, b):
@@ -424,10 +433,10 @@ class Model(nn.Module):
 
     def __init__(self, args, size, classes):
         super().__init__()
-        self.backbone, self.num_features = build_backbone(args.arch, size)
-        self.head = build_head(self.num_features, args)
+        self.backbone, num_features = build_backbone(args.arch, size)
+        self.head = build_head(num_features, args)
         self.probe = nn.Sequential(
-            nn.BatchNorm1d(self.num_features, affine=False), nn.Linear(self.num_features, classes)
+            nn.BatchNorm1d(num_features, affine=False), nn.Linear(num_features, classes)
         )
 
     def forward(self, view1, view2):
@@ -438,12 +447,12 @@ class Model(nn.Module):
 
 # ==== 6. Evaluation [shared] ======================================================================
 @torch.no_grad()
-def extract_features(backbone, images, device, batch_size=500):
-    """Representations (n, F) float32 of uint8 images (n, 3, S, S), in eval mode, on the device."""
+def extract_features(backbone, batches, device):
+    """Representations (n, F) float32, in eval mode, of batches of uint8 images (N, 3, S, S)."""
     training = backbone.training
     backbone.eval()
     features = []
-    for batch in images.split(batch_size):
+    for batch in batches:
         x = batch.to(device, non_blocking=True).float() / 255
         features.append(backbone(x.contiguous(memory_format=torch.channels_last)).float())
     backbone.train(training)
@@ -464,8 +473,8 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=10):
 def linear_probe(train_x, train_y, test_x, test_y, steps=400):
     """Accuracy in percent of multinomial logistic regression on standardised features.
 
-    scikit-learn's LogisticRegression with C = 1, the weight's penalty included: L-BFGS, no learning
-    rate, nothing random.
+    scikit-learn's LogisticRegression with C = 1, the weight's penalty included: L-BFGS, at most
+    `steps` iterations, no learning rate, nothing random.
     """
     mean, std = train_x.mean(0), train_x.std(0, correction=0).clamp(min=1e-6)
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
@@ -501,11 +510,11 @@ def evaluate(model, data, device, linear):
     knn; online, the probe trained along; rank, the effective rank; linear, if asked. Parameters and
     buffers stay as they are.
     """
-    known = data.train_labels >= 0
-    train_y, test_y = data.train_labels[known], data.test_labels
-    train_x = extract_features(model.backbone, data.train_images[known], device)
-    test_x = extract_features(model.backbone, data.test_images, device)
-    train_y, test_y = train_y.to(device), test_y.to(device)
+    known = torch.where(data.train_labels >= 0)[0]
+    train_y, test_y = data.train_labels[known].to(device), data.test_labels.to(device)
+    batches = (data.train_images[index] for index in known.split(500))
+    train_x = extract_features(model.backbone, batches, device)
+    test_x = extract_features(model.backbone, data.test_images.split(500), device)
     metrics = {"knn": knn_accuracy(train_x, train_y, test_x, test_y)}
     model.probe.eval()
     with torch.no_grad():
@@ -522,40 +531,42 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, a weight at a time, to eta |w| / |gradient|.
 
     You et al. 2017, as in VICReg's official code: weight decay enters the gradient first, tensors
-    of one dimension (biases, BatchNorm) get neither decay nor scaling.
+    of one dimension (biases, BatchNorm) and groups with eta 0 get neither decay nor scaling.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """Update every parameter that has a gradient; grouped kernels, no synchronisation."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            update = [p.grad for p in params]
+            scaled = [i for i, p in enumerate(params) if p.ndim > 1 and group["eta"]]
+            if scaled:
+                weights, gradients = [params[i] for i in scaled], [update[i] for i in scaled]
+                steps = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+                w, u = (torch.stack(torch._foreach_norm(t)) for t in (weights, steps))
+                ratio = torch.where((w > 0) & (u > 0), group["eta"] * w / u, 1.0)
+                torch._foreach_mul_(steps, list(ratio.unbind()))
+                for i, step in zip(scaled, steps):
+                    update[i] = step
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(momenta, group["momentum"])
-            for scaled in (True, False):
-                chosen = [i for i, p in enumerate(params) if (p.ndim > 1) == scaled]
-                if not chosen:
-                    continue
-                weights = [params[i] for i in chosen]
-                update = [params[i].grad for i in chosen]
-                if scaled:
-                    update = torch._foreach_add(update, weights, alpha=group["weight_decay"])
-                    w = torch.stack(torch._foreach_norm(weights))
-                    u = torch.stack(torch._foreach_norm(update))
-                    ratio = torch.where((w > 0) & (u > 0), group["eta"] * w / u, 1.0)
-                    torch._foreach_mul_(update, list(ratio.unbind()))
-                torch._foreach_add_([momenta[i] for i in chosen], update)
+            torch._foreach_add_(momenta, update)
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head; the online probe's group has its own rate, no decay."""
+    """SGD or LARS for backbone and head; for the online probe plain SGD at a rate of its own."""
     lr = args.lr * args.batch_size / 256
     groups = [{"params": [*model.backbone.parameters(), *model.head.parameters()], "lr": lr},
-              {"params": model.probe.parameters(), "lr": 0.1, "weight_decay": 0.0}]
+              {"params": model.probe.parameters(), "lr": 0.1, "weight_decay": 0.0,
+               "eta": 0.0}]
     kind = torch.optim.SGD if args.optimizer == "sgd" else LARS
     optimizer = kind(groups, lr, momentum=args.momentum, weight_decay=args.weight_decay)
     for group in optimizer.param_groups:
@@ -581,44 +592,47 @@ def fail(message):
 
 
 def choose_device(args):
-    """Return the device and the autocast dtype, None for float32, that args ask for."""
+    """Return the device and the autocast dtype, None for float32, that args ask for.
+
+    Float32 on a GPU keeps PyTorch's defaults: convolutions in TF32, matrix products in full.
+    """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch sees no CUDA device here; leave the flag out or say cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        fail(f"--device {name}: no such device; cuda, cuda:1, cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here; leave the flag out or say cpu")
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # each backend has exceptions of its own
+        fail(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = args.precision
     if precision == "auto":
-        good = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        precision = "bf16" if good else "fp16" if device.type == "cuda" else "fp32"
+        level = capability(device)
+        precision = "bf16" if level >= 8 else "fp16" if level >= 7 else "fp32"
     if precision == "fp16" and device.type == "cpu":
         fail("--precision fp16 needs a GPU; on a CPU say bf16 or fp32")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    return device, dtype
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+def capability(device):
+    """Major compute capability of a CUDA device, 0 for others; 7 has tensor cores and Triton."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def make_run_folder(args):
     """Create and return --out, or runs/METHOD-DATA with a number added where it is taken."""
-    if args.out:
-        out = Path(args.out)
-        if (out / "log.jsonl").exists() or (out / "last.pt").exists():
-            fail(f"--out {out} holds a run; choose another folder, or --resume {out} to go on")
+    name = args.out or f"runs/{METHOD}-{Path(args.data).name}"
+    for number in itertools.count(1):
+        out = Path(name if number == 1 else f"{name}-{number}")
         try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"cannot make --out {out}: {error}")
-        return out
-    name = f"runs/{METHOD}-{Path(args.data).resolve().name if '/' in args.data else args.data}"
-    for attempt in range(1, 10_000):
-        out = Path(name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            out.mkdir(parents=True)
+            out.mkdir(parents=True, exist_ok=bool(args.out))
             return out
-        except FileExistsError:
-            continue
-    fail(f"{name} and its numbered successors are all taken; name a folder with --out")
+        except FileExistsError as error:
+            if args.out or not out.is_dir():
+                fail(f"cannot make the run folder {out}: {error}")
+        except OSError as error:
+            fail(f"cannot make the run folder {out}: {error}")
 
 
 def save(value, path):
@@ -631,6 +645,12 @@ def save(value, path):
     os.replace(temporary, path)
 
 
+CHECKPOINT = {  # what last.pt holds; data: number of images, their size, the classes
+    "format": int, "method": str, "args": dict, "data": list, "step": int, "seconds": float,
+    "history": list, "untrained": dict, "log_bytes": int, "backbone": dict, "head": dict,
+    "probe": dict, "optimizer": dict, "scaler": dict}
+
+
 def load_checkpoint(run):
     """Read RUN/last.pt, tensors and numbers only: no code in it can run. Ends where it cannot."""
     path = Path(run) / "last.pt"
@@ -638,22 +658,20 @@ def load_checkpoint(run):
         fail(f"--resume {run}: no last.pt there")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        method, kind = checkpoint["method"], checkpoint["format"]
+        method, version = checkpoint["method"], checkpoint["format"]
+        if not all(isinstance(checkpoint[name], kind) for name, kind in CHECKPOINT.items()):
+            raise TypeError("an entry of the wrong kind")
     except Exception as error:  # a damaged or hostile file can raise nearly anything
         fail(f"--resume {run}: last.pt is damaged or no checkpoint of ours "
              f"({type(error).__name__})")
-    if (method, kind) != (METHOD, 1):
-        fail(f"--resume {run}: a run of {method}.py (format {kind}), not of {METHOD}.py (format 1)")
+    if (method, version) != (METHOD, 1):
+        fail(f"--resume {run}: a run of {method}.py (format {version}), not of {METHOD}.py (1)")
     return checkpoint
 
 
 def save_checkpoint(model, optimizer, scaler, args, run, state):
-    """Write last.pt, everything to go on with, unless a weight is no longer finite."""
-    parameters = [p.detach() for p in model.parameters()]
-    if not torch.stack(torch._foreach_norm(parameters)).isfinite().all():
-        fail(f"weights are not finite after step {state['step']}; the last checkpoint stays; "
-             "try a smaller --lr or --precision fp32")
-    arguments = {name: value for name, value in vars(args).items() if name != "resume"}
+    """Write last.pt, everything to go on with."""
+    arguments = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
     save({"format": 1, "method": METHOD, "args": arguments, **state,
           "log_bytes": run.file.tell(), "backbone": model.backbone.state_dict(),
           "head": model.head.state_dict(), "probe": model.probe.state_dict(),
@@ -663,27 +681,32 @@ def save_checkpoint(model, optimizer, scaler, args, run, state):
 
 def restore(checkpoint, model, optimizer, scaler, state):
     """Put a checkpoint back into the objects that save_checkpoint took it from."""
+    if checkpoint["data"] != state["data"]:
+        fail(f"--data holds {state['data']} (images, size, classes), "
+             f"the run's data held {checkpoint['data']}")
     try:
         for name in ("backbone", "head", "probe"):
             getattr(model, name).load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty where the run had none, on another device
+            scaler.load_state_dict(checkpoint["scaler"])
         state.update({name: checkpoint[name] for name in state})
-    except (KeyError, RuntimeError, ValueError) as error:
+        device = next(model.parameters()).device
+        state["history"] = [row.to(device) for row in state["history"]]
+    except Exception as error:  # whatever an edited file can bring about
         fail(f"last.pt does not fit this run: {error}")
-    state["history"] = [row.to(next(model.parameters()).device) for row in state["history"]]
 
 
 def derive_seed(*keys):
     """One 64-bit seed from whole numbers.
 
-    Every draw is a function of (seed, stream, epoch or step): generator's state needs saving,
+    Every draw is a function of (seed, stream, epoch or step): no generator's state needs saving,
     and a resumed run draws what it would have drawn.
     """
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
-def environment():
+def environment(device):
     """What a log needs to be understood later: command, versions, machine, commit."""
     try:
         commit = subprocess.run(
@@ -691,19 +714,10 @@ def environment():
             text=True, cwd=Path(__file__).resolve().parent).stdout.strip() or None
     except OSError:
         commit = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"argv": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "numpy": np.__version__, "gpu": gpu,
             "cpu": platform.machine(), "threads": torch.get_num_threads(), "commit": commit}
-
-
-def clock(seconds):
-    """Seconds as 1h02m, 3m04s or 5s."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 class Run:
@@ -711,17 +725,19 @@ class Run:
 
     def __init__(self, folder, log_bytes=None):
         self.folder, self.live, path = folder, 0, folder / "log.jsonl"
-        if log_bytes is not None:  # drop what was logged after the checkpoint: it comes again
+        if log_bytes and path.exists():  # what was logged after the checkpoint comes again
             os.truncate(path, min(log_bytes, path.stat().st_size))
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a" if log_bytes else "w", buffering=1)
 
     def log(self, record):
         self.file.write(json.dumps(record) + "\n")
 
     def print(self, text, live=False):
         """Print a line; a live one shows on a terminal only, and the next one replaces it."""
-        if live and not sys.stdout.isatty():
-            return
+        if live:
+            if not sys.stdout.isatty():
+                return
+            text = text[: shutil.get_terminal_size().columns - 1]
         print("\r" * bool(self.live) + text.ljust(self.live), end="" if live else "\n", flush=True)
         self.live = len(text) if live else 0
 
@@ -747,7 +763,7 @@ def catch_signals(run):
 
 
 # ==== 9. Training [shared] ========================================================================
-FREE = ("resume", "out", "steps", "device", "data_dir", "workers", "compile", "save_every")
+FREE = ("data", "data_dir", "device", "compile", "eval_every", "save_every", "workers")
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -800,7 +816,7 @@ def parse_args(argv=None):
     add("--solarize", type=fraction, nargs="+", default=[0.0], help="probability of solarisation")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=number(int, 1), help="default: 15 for shapes, else 100")
-    add("--steps", type=number(int, 1), help="stop after this many steps in all: a dry run")
+    add("--steps", type=number(int, 1), help="stop after this many steps in all, as in a dry run")
     add("--batch-size", type=number(int, 2), help="images; default: 128 for shapes, else 512")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum")
@@ -815,12 +831,20 @@ def parse_args(argv=None):
         help="auto: bf16 or fp16 on a GPU, whichever it does well, fp32 on a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--eval-every", type=number(int, 1), help="epochs between kNN; default: a tenth of all")
-    add("--save-every", type=number(float, 0), default=60, help="seconds between checkpoints")
+    add("--save-every", type=number(float, 0), default=60.0, help="seconds between checkpoints")
     add("--workers", type=number(int, 1), default=os.cpu_count(), help="threads that read a folder")
     args = complete(parser.parse_args(argv))
-    if args.resume:
+    if args.resume is None and args.out and (Path(args.out) / "last.pt").exists():
+        fail(f"--out {args.out} holds a run; choose another, or --resume {args.out} to go on")
+    if args.resume is not None:
         saved = load_checkpoint(args.resume)["args"]
-        typed = complete(parser.parse_args(argv, argparse.Namespace(**saved)))
+        try:
+            typed = complete(parser.parse_args(argv, argparse.Namespace(**saved)))
+            known = saved.keys() | {"resume", "steps"} == vars(args).keys()
+        except (AttributeError, TypeError):  # an edited file: arguments missing, or of another kind
+            known = False
+        if not known:
+            fail(f"--resume {args.resume}: last.pt holds other arguments than this script's")
         wrong = [f"--{k.replace('_', '-')} {getattr(typed, k)} (the run's: {v})"
                  for k, v in saved.items() if k not in FREE and getattr(typed, k) != v]
         if wrong:
@@ -832,6 +856,8 @@ def parse_args(argv=None):
 def complete(args):
     """Fill in the defaults that depend on --data; check what one flag's type cannot."""
     small = args.data == "shapes"
+    if args.data not in ("shapes", "cifar10", "cifar100", "stl10"):
+        args.data = str(Path(args.data).resolve())
     args.arch = args.arch or ("convnet" if small else "resnet18")
     args.epochs = args.epochs or (15 if small else 100)
     args.batch_size = args.batch_size or (128 if small else 512)
@@ -872,7 +898,7 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
     steps = args.epochs * epoch_steps
     first, last = state["step"], min(steps, args.steps or steps)
     view = augment
-    if args.compile or (args.compile is None and device.type == "cuda"):
+    if args.compile or (args.compile is None and capability(device) >= 7):
         model.compile()
         view = torch.compile(augment)
     start = shown = saved = epoch_start = time.time()
@@ -881,45 +907,57 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
         for step in range(first, last):
             epoch, position = divmod(step, epoch_steps)
             if position == 0 or step == first:
-                order = torch.randperm(len(images), generator=torch.Generator().manual_seed(
-                    derive_seed(args.seed, 1, epoch)))
-                order, epoch_start, epoch_first = order.to(images.device), time.time(), position
+                generator = torch.Generator().manual_seed(derive_seed(args.seed, 1, epoch))
+                order = torch.randperm(len(images), generator=generator).to(images.device)
+                epoch_start, epoch_first = time.time(), position
             if position == 0:
                 state["history"] = []
             index = order[position * args.batch_size : (position + 1) * args.batch_size]
             batch = (part[index].to(device, non_blocking=True) for part in (images, labels))
-            set_learning_rate(optimizer, step, steps, args.warmup * epoch_steps)
+            set_learning_rate(optimizer, step, steps, round(args.warmup * epoch_steps))
             torch.manual_seed(derive_seed(args.seed, 2, step))
             parts = train_step(model, optimizer, scaler, view, *batch, args, dtype)
             state["history"].append(torch.stack([*parts.values()]))
             state["step"], now = step + 1, time.time()
-            ends = position + 1 == epoch_steps or step + 1 == last
-            saves = step + 1 == last or caught or now - saved >= args.save_every
-            if not (ends or saves or now - shown >= 0.5):
+            ends, final = position + 1 == epoch_steps, step + 1 == last
+            due = now - saved >= args.save_every
+            if not (ends or final or due or caught or now - shown >= 0.5):
                 continue
             # only here does the loop wait for the device
             record = dict(zip(parts, mean_history(state["history"], parts, epoch, epoch_steps)))
             now = shown = time.time()
             state["seconds"] = before + now - start
             speed = args.batch_size * (position + 1 - epoch_first) / (now - epoch_start)
-            left = clock((now - start) / (step + 1 - first) * (last - step - 1))
+            left = (now - start) / (step + 1 - first) * (last - step - 1)
+            left = f"{datetime.timedelta(seconds=round(left))} left"
             text = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
             text = f"epoch {epoch + 1:3d}/{args.epochs}  {text}"
-            if not ends:
-                run.print(f"{text}  step {position + 1}/{epoch_steps}  {left} left", live=True)
-            else:
-                if (epoch + 1) % args.eval_every == 0 and step + 1 < last:
-                    record |= evaluate(model, data, device, linear=False)
-                    text += f"  kNN {record['knn']:.1f}  online {record['online']:.1f}"
-                run.print(f"{text}  {speed:,.0f} images/s  {left} left")
+            if not (ends or final):
+                run.print(f"{text}  step {position + 1}/{epoch_steps}  {left}", live=True)
+            if ends or final or due or caught:
+                check_weights(model, state)
+            if ends and (epoch + 1) % args.eval_every == 0 and not final:
+                record |= evaluate(model, data, device, linear=False)
+                text += f"  kNN {record['knn']:.1f}  online {record['online']:.1f}"
+            if ends or final:
+                run.print(f"{text}  {speed:,.0f} images/s  {left}")
+            if ends:
                 run.log({"epoch": epoch + 1, "step": step + 1, **record,
                          "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(speed),
                          "seconds": round(state["seconds"], 1)})
-            if saves:
+            if final or due or caught:
                 save_checkpoint(model, optimizer, scaler, args, run, state)
                 saved = time.time()
-            if caught and step + 1 < last:
+            if caught:
                 return caught[0]
+
+
+def check_weights(model, state):
+    """End the program where a weight or a buffer is not finite: such a state is never saved."""
+    tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
+    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
+        fail(f"weights are not finite after step {state['step']}; the last checkpoint stays; "
+             "try a smaller --lr or --precision fp32")
 
 
 def mean_history(history, names, epoch, epoch_steps):
@@ -942,25 +980,26 @@ def main(argv=None):
     """Train and evaluate; the final metrics, accuracies in percent, as in the log's last line."""
     args = parse_args(argv)
     device, dtype = choose_device(args)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    checkpoint = load_checkpoint(args.resume) if args.resume is not None else None
     data = load_data(args)
     n, size = len(data.train_images), data.train_images.shape[-1]
     if n < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {n} training images")
-    if device.type == "cuda" and data.train_images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+    if device.type == "cuda" and data.train_images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         data = Data(*(part.to(device) for part in data[:4]), data.classes)
     torch.manual_seed(derive_seed(args.seed, 0))
     model = Model(args, size, len(data.classes)).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = {"step": 0, "seconds": 0.0, "history": [], "untrained": {}}
+    state = {"step": 0, "seconds": 0.0, "history": [], "untrained": {},
+             "data": [n, size, data.classes]}
     if checkpoint:
         restore(checkpoint, model, optimizer, scaler, state)
-    run = Run(Path(args.resume) if args.resume else make_run_folder(args),
+    run = Run(Path(args.resume) if checkpoint else make_run_folder(args),
               checkpoint and checkpoint["log_bytes"])
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head)]
     precision = str(dtype or torch.float32).removeprefix("torch.")
-    header = {"method": METHOD, "args": vars(args), **environment(), "precision": precision,
+    header = {"method": METHOD, "args": vars(args), **environment(device), "precision": precision,
               "parameters": dict(zip(("backbone", "head"), sizes)),
               "images": n, "test_images": len(data.test_images), "image_size": size,
               "classes": len(data.classes), "steps_per_epoch": n // args.batch_size,
@@ -976,13 +1015,15 @@ def main(argv=None):
         state["untrained"] = {f"{k}_untrained": metrics[k] for k in ("knn", "linear", "rank")}
         run.log({"epoch": 0, "step": 0, **state["untrained"]})
         run.print(summary("untrained", metrics))
+        save_checkpoint(model, optimizer, scaler, args, run, state)
 
     signum = train(model, optimizer, scaler, data, args, dtype, run, state)
     if signum:
         run.print(f"stopped after step {state['step']}, saved; go on with: "
                   f"python {METHOD}.py --resume {run.folder}")
         raise SystemExit(128 + signum)
-    save(model.backbone.state_dict(), run.folder / "backbone.pt")
+    weights = {name: value.cpu() for name, value in model.backbone.state_dict().items()}
+    save(weights, run.folder / "backbone.pt")
     metrics = evaluate(model, data, device, linear=True)
     metrics |= {**state["untrained"], "step": state["step"], "seconds": round(state["seconds"], 1)}
     run.log({"final": True, **metrics})
@@ -991,4 +1032,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; a run folder that was begun goes on with --resume", file=sys.stderr)
+        sys.exit(130)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
+from torchvision.transforms.v2.functional import to_pil_image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,7 +17,7 @@ def write_folder(root, images, labels, names):
     for i, (image, label) in enumerate(zip(images, labels.tolist())):
         folder = root / names[label]
         folder.mkdir(parents=True, exist_ok=True)
-        torchvision.io.write_png(image, str(folder / f"{i:04d}.png"))
+        to_pil_image(image).save(folder / f"{i:04d}.png")
 
 
 @pytest.fixture(scope="session")

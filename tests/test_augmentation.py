@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-import torchvision.transforms.v2 as v2
+import torchvision.transforms as v1
 import torchvision.transforms.v2.functional as tv
 
 import simclr
@@ -135,6 +135,28 @@ def test_probability_one_is_the_transform(flag, tv_one):
     torch.testing.assert_close(out, tv_one(x.float() / 255), **TOLERANCE)
 
 
+def test_transforms_follow_in_torchvisions_order():
+    """One whole view: crop, flip, jitter, grayscale, blur, solarisation, on the same draws."""
+    x, draws = photographs(), draw(12)
+    args = arguments("--jitter-prob", "1", "--gray", "0.4", "--blur", "1", "--solarize", "1")
+    u = draws.split([20, 2, 1, 1, 4, 4, 1, 1, 1, 1], dim=1)
+    boxes = torch.stack(simclr.draw_crops(u[0], u[1], 32, 0.2, 1.0), dim=1)
+    factors, orders = simclr.draw_jitter(u[4], args.jitter), u[5].argsort(1)
+    transforms = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    out = simclr.augment(x, draws, 0, args)
+    for i in range(12):
+        one = tv.resized_crop(x[i] / 255, *boxes[i].int().tolist(), [32, 32], antialias=True)
+        one = tv.horizontal_flip(one) if u[2][i] < 0.5 else one
+        for step in orders[i].tolist():
+            one = transforms[step](one, float(factors[i, step]))
+        one = tv.rgb_to_grayscale(one, 3) if u[6][i] < 0.4 else one
+        one = tv.gaussian_blur(one, [3, 3], [0.1 + 1.9 * float(u[8][i])] * 2)
+        near_half = (one - 0.5).abs() < 1e-4  # solarisation jumps there
+        expected = torch.where(near_half, out[i], tv.solarize(one, 0.5))
+        torch.testing.assert_close(out[i], expected, **TOLERANCE)
+        assert near_half.float().mean() < 0.05
+
+
 def test_each_view_has_its_own_strength():
     args = arguments(*OFF, "--blur", "1", "0", "--solarize", "0", "1")
     x, draws = photographs(), draw(12)
@@ -160,8 +182,8 @@ def test_crops_follow_torchvision(scale):
     mine = torch.stack(simclr.draw_crops(u[:, :20], u[:, 20:22], size, *scale), dim=1)
     torch.manual_seed(0)
     image = torch.zeros(3, size, size)
-    transform = torchvision_crop(scale)
-    theirs = torch.tensor([transform(image) for _ in range(n)], dtype=torch.float32)
+    get_params, ratio = v1.RandomResizedCrop.get_params, [3 / 4, 4 / 3]
+    theirs = torch.tensor([get_params(image, list(scale), ratio) for _ in range(n)]).float()
     for column in range(4):
         assert kolmogorov_smirnov(mine[:, column], theirs[:, column]) < 1
     for a, b in ((2, 3), (0, 2)):  # and two joint ones, by product
@@ -171,24 +193,17 @@ def test_crops_follow_torchvision(scale):
     assert (top + height <= size).all() and (left + width <= size).all()
 
 
-def torchvision_crop(scale):
-    import torchvision.transforms as v1
-
-    return lambda image: v1.RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-
-
 @pytest.mark.parametrize("strengths", [(0.4, 0.4, 0.4, 0.1), (0.8, 0.2, 1.5, 0.5)], ids=str)
 def test_jitter_follows_torchvision(strengths):
     n = 20_000
     u = draw(n)
     mine = simclr.draw_jitter(u[:, :4], strengths)
-    jitter = v2.ColorJitter(*strengths)
+    jitter = v1.ColorJitter(*strengths)
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
     torch.manual_seed(0)
-    drawn = [jitter.make_params([]) for _ in range(n)]
-    names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
-    for column, name in enumerate(names):
-        theirs = torch.tensor([d[name] for d in drawn], dtype=torch.float32)
-        assert kolmogorov_smirnov(mine[:, column], theirs) < 1
+    drawn = torch.tensor([jitter.get_params(*ranges)[1:] for _ in range(n)])
+    for column in range(4):
+        assert kolmogorov_smirnov(mine[:, column], drawn[:, column]) < 1
 
 
 def test_draws_are_independent(monkeypatch):

@@ -200,7 +200,8 @@ def test_seam(script):
 
 
 @pytest.mark.parametrize("kind, count", [
-    ("mlp", 24 * 32 + 32 + 32 * 16 + 16), ("linear", 24 * 16), ("none", 0)])
+    ("mlp", 24 * 32 + 32 + 32 * 16 + 16), ("linear", 24 * 16), ("none", 0),
+    ("expander", 24 * 32 + 32 + 64 + 32 * 32 + 32 + 64 + 32 * 16)])
 def test_simclr_heads(kind, count):
     args = simclr.parse_args(["--head", kind, "--dim", "16", "--hidden", "32"])
     head = simclr.build_head(24, args)

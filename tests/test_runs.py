@@ -132,16 +132,90 @@ def test_resume_after_a_crash(finished, tmp_path, step, monkeypatch, capsys):
             k: v for k, v in b.items() if k not in times}
 
 
-def wait_for_step(run, step):
+def wait_for(condition):
     deadline = time.time() + 120
     while time.time() < deadline:
         try:
-            if load(run)["step"] >= step:
+            if condition():
                 return
-        except (OSError, KeyError):
+        except (OSError, ValueError):  # not written yet, or half a line of it
             pass
-        time.sleep(0.01)
-    raise AssertionError(f"{run} did not reach step {step}")
+        time.sleep(0.005)
+    raise AssertionError("it did not come about in 120 s")
+
+
+@pytest.mark.parametrize("moment", ["evaluate", "mean_history", "last step"])
+def test_stop_at_an_awkward_moment(finished, tmp_path, moment, monkeypatch, capsys):
+    """A signal during kNN, while the loop reads the loss, or in the last step is saved as well."""
+    method, out, flags, _ = finished
+    script, run, calls = importlib.import_module(method), tmp_path / "run", []
+    name = "train_step" if moment == "last step" else moment
+    original = getattr(script, name)
+    at = {"evaluate": 2, "mean_history": 1, "last step": 12}[moment]
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(script, name, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        script.main([*map(str, flags), "--out", str(run)])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert f"stopped after step {load(run)['step']}, saved" in capsys.readouterr().out
+    assert load(run)["step"] >= 1
+    monkeypatch.setattr(script, name, original)
+    script.main(["--resume", str(run)])
+    assert equal_weights(out, run)
+
+
+def test_killed_while_saving(finished, tmp_path, monkeypatch, capsys):
+    """A checkpoint half written leaves the one before, and the run goes on from there."""
+    method, out, flags, _ = finished
+    script, run, calls, replace = importlib.import_module(method), tmp_path / "run", [], os.replace
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("power cut")
+        replace(*args)
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        script.main([*map(str, flags), "--out", str(run), "--save-every", "0"])
+    assert (run / "last.pt.tmp").exists() and load(run)["step"] == 4
+    monkeypatch.setattr(os, "replace", replace)
+    script.main(["--resume", str(run)])
+    assert equal_weights(out, run)
+
+
+def test_dry_run_goes_on_to_the_end(finished, tmp_path):
+    """--steps is not kept: the resumed run has the whole length, and its log no epoch twice."""
+    method, out, flags, _ = finished
+    script, run = importlib.import_module(method), tmp_path / "run"
+    torch.set_num_threads(1)
+    script.main([*map(str, flags), "--out", str(run), "--steps", "5"])
+    assert load(run)["step"] == 5 and records(run)[-1]["final"]
+    script.main(["--resume", str(run)])
+    assert equal_weights(out, run)
+    assert [r.get("epoch") for r in records(run)] == [r.get("epoch") for r in records(out)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--precision", "fp16"),
+                                   ("--precision", "fp32", "--no-compile")], ids=" ".join)
+@pytest.mark.parametrize("method", METHODS)
+def test_run_and_resume_on_a_gpu(method, flags, image_folder, tmp_path):
+    script, run = importlib.import_module(method), tmp_path / "run"
+    flags = ["--data", str(image_folder), *TINY, *flags, "--device", "cuda", "--out", str(run)]
+    script.main([*flags, "--steps", "5"])
+    metrics = script.main(["--resume", str(run)])
+    assert metrics["step"] == 12 and records(run)[0]["gpu"]
+    backbone = torch.load(run / "backbone.pt", weights_only=True)
+    assert all(value.device.type == "cpu" for value in backbone.values())
 
 
 @pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM", "SIGKILL"])
@@ -149,12 +223,13 @@ def test_stop_by_signal_and_resume(finished, tmp_path, signum):
     """The state survives; the command that the message names goes on to the same weights."""
     method, out, flags, _ = finished
     run, signum = tmp_path / "run", getattr(signal, signum)
-    process = start(method, *flags, "--out", run, "--save-every", "0")
-    wait_for_step(run, 1)
+    every = ("--save-every", "0") if signum == signal.SIGKILL else ()  # others save by themselves
+    process = start(method, *flags, "--out", run, *every)
+    wait_for(lambda: load(run)["step"] >= 1 if every else len(records(run)) >= 3)
     process.send_signal(signum)
     output, errors = process.communicate(timeout=60)
     assert not errors
-    assert load(run)["step"] < 12, "the run ended before the signal came"
+    assert 1 <= load(run)["step"] < 12, "the run ended before the signal came"
     if signum == signal.SIGKILL:
         assert process.returncode == -signum
         command = [method, "--resume", run]
@@ -197,7 +272,7 @@ def test_compile_saves_the_same_names(image_folder, tmp_path):
     losses = []
     for flag in ("--no-compile", "--compile"):
         out = tmp_path / flag
-        simclr.main(["--data", str(image_folder), *TINY, "--steps", "2", flag, "--out", str(out)])
+        simclr.main(["--data", str(image_folder), *TINY, "--epochs", "1", flag, "--out", str(out)])
         losses.append(records(out)[-2]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     one, two = (load(tmp_path / flag) for flag in ("--no-compile", "--compile"))
@@ -210,7 +285,11 @@ def test_resume_may_change_what_does_not_matter(finished, tmp_path):
     shutil.copytree(out, tmp_path / "moved")
     script = importlib.import_module(method)
     before = records(out)[-1]
-    after = script.main(["--resume", str(tmp_path / "moved"), "--workers", "1", "--device", "cpu"])
+    data = Path(records(out)[0]["args"]["data"])
+    shutil.copytree(data, tmp_path / "elsewhere")
+    (tmp_path / "moved" / "log.jsonl").unlink()
+    after = script.main(["--resume", str(tmp_path / "moved"), "--workers", "1", "--device", "cpu",
+                         "--data", str(tmp_path / "elsewhere")])
     assert {k: after[k] for k in ("knn", "linear")} == {k: before[k] for k in ("knn", "linear")}
 
 
@@ -246,8 +325,10 @@ BAD_FLAGS = {
     "--blur .1 .2 .3": "two: one for each view", "--no-such-flag": "unrecognized",
     "--arch vgg": "invalid choice", "--optimizer adam": "invalid choice",
     "--data nowhere": "no such folder", "--data ./nowhere": "no such folder",
-    "--resume nowhere": "no last.pt there", "--precision fp16 --device cpu": "needs a GPU",
-    "--device warp": "no such device", "--holdout 5000 --data shapes": "leaves nothing",
+    "--resume nowhere": "no last.pt there", "--resume=": "no last.pt there",
+    "--precision fp16 --device cpu": "needs a GPU",
+    "--device warp": "cannot be used here", "--device meta": "cannot be used here",
+    "--holdout 5000 --data shapes": "leaves nothing",
     "--batch-size 6000 --data shapes": "more than the 5000 training images",
 }
 
@@ -279,8 +360,10 @@ def folder(image_folder, tmp_path):
 def test_bad_folders(script, capsys, folder):
     picture = next((folder / "train" / "moon").iterdir())
     picture.write_bytes(picture.read_bytes()[:100])
+    for other in list((folder / "train" / "ring").iterdir())[1:]:
+        other.write_bytes(b"")  # one line, however many are bad
     line = refused(capsys, script, "--data", folder, *TINY)
-    assert "cannot read the image" in line and str(picture) in line
+    assert "is unreadable" in line and str(picture) in line
     shutil.copytree(folder / "test" / "moon", folder / "test" / "sun")
     assert "test/ has classes that train/ lacks: sun" in refused(capsys, script, "--data", folder)
     (folder / "train" / "empty").mkdir()
@@ -310,6 +393,15 @@ def test_out_that_holds_a_run(finished, capsys):
     line = refused(capsys, importlib.import_module(method), *flags, "--out", out)
     assert "holds a run" in line and f"--resume {out}" in line
     assert (out / "last.pt").read_bytes() == before
+
+
+def test_run_folder_that_cannot_be_made(image_folder, capsys):
+    import simclr
+
+    Path("runs").write_text("a file")
+    flags = ("--data", image_folder, *TINY)
+    assert "cannot make the run folder" in refused(capsys, simclr, *flags)
+    assert "cannot make the run folder" in refused(capsys, simclr, *flags, "--out", "runs/mine")
 
 
 def test_run_folders_are_numbered(image_folder):
@@ -362,13 +454,29 @@ def test_damaged_and_hostile_checkpoints(finished, capsys, tmp_path):
 
 
 def test_checkpoint_that_does_not_fit(finished, capsys, tmp_path):
+    """Entries missing, of another kind or another run's: one line, whatever is edited."""
     method, out, _, _ = finished
-    shutil.copytree(out, tmp_path / "run")
-    checkpoint = load(out)
-    del checkpoint["head"]
-    torch.save(checkpoint, tmp_path / "run" / "last.pt")
     script = importlib.import_module(method)
-    assert "does not fit" in refused(capsys, script, "--resume", tmp_path / "run")
+    shutil.copytree(out, tmp_path / "run")
+
+    def edited(name, value):
+        checkpoint = load(out)
+        if isinstance(value, dict) and name != "optimizer":
+            checkpoint[name] = {**checkpoint[name], **value}
+        else:
+            checkpoint[name] = value
+        kept = {k: v for k, v in checkpoint.items() if v is not None}
+        torch.save(kept, tmp_path / "run" / "last.pt")
+        return refused(capsys, script, "--resume", tmp_path / "run")
+
+    for name in script.CHECKPOINT:
+        assert "damaged" in edited(name, None) and "damaged" in edited(name, 5j)
+    assert "other arguments" in edited("args", {"crop": 3})
+    assert "other arguments" in edited("args", {"surprise": 3})
+    assert "does not fit" in edited("head", {"surprise": torch.zeros(2)})
+    assert "does not fit" in edited("optimizer", {})
+    assert "does not fit" in edited("history", [1])
+    assert "the run's data held" in edited("data", [81, 16, []])
 
 
 def test_loss_that_is_not_finite(script, image_folder, capsys, monkeypatch, tmp_path):
@@ -400,6 +508,10 @@ def test_weights_that_are_not_finite(script, image_folder, capsys, monkeypatch, 
     line = refused(capsys, script, "--data", image_folder, *TINY, "--out", run, "--save-every", "0")
     assert "weights are not finite after step 3" in line
     assert load(run)["step"] == 2
+    calls[:] = [1]  # and before an evaluation, which could not make sense of them
+    flags = ("--data", image_folder, *TINY, "--batch-size", "40", "--eval-every", "1")
+    line = refused(capsys, script, *flags, "--out", tmp_path / "other")
+    assert "weights are not finite after step 2" in line and load(tmp_path / "other")["step"] == 0
 
 
 # ---- data ---------------------------------------------------------------------------------------
