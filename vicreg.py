@@ -634,7 +634,7 @@ def capability(device):
 
 def make_run_folder(args):
     """Create and return --out, or runs/METHOD-DATA with a number added where it is taken."""
-    name = args.out or f"runs/{METHOD}-{Path(args.data).name}"
+    name = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     for number in itertools.count(1):
         out = Path(name if number == 1 else f"{name}-{number}")
         try:
@@ -694,8 +694,8 @@ def save_checkpoint(model, optimizer, scaler, args, run, state):
 def restore(checkpoint, model, optimizer, scaler, state):
     """Put a checkpoint back into the objects that save_checkpoint took it from."""
     if checkpoint["data"] != state["data"]:
-        fail(f"--data holds {state['data']} (images, size, classes), "
-             f"the run's data held {checkpoint['data']}")
+        fail("--data holds {} images of {} px, the run's {} of {} px; or the classes differ".format(
+            *state["data"][:2], *checkpoint["data"][:2]))
     try:
         for name in ("backbone", "head", "probe"):
             getattr(model, name).load_state_dict(checkpoint[name])
@@ -868,8 +868,6 @@ def parse_args(argv=None):
 def complete(args):
     """Fill in the defaults that depend on --data; check what one flag's type cannot."""
     small = args.data == "shapes"
-    if args.data not in ("shapes", "cifar10", "cifar100", "stl10"):
-        args.data = str(Path(args.data).resolve())
     args.arch = args.arch or ("convnet" if small else "resnet18")
     args.epochs = args.epochs or (15 if small else 100)
     args.batch_size = args.batch_size or (128 if small else 512)
@@ -957,11 +955,13 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
                 run.log({"epoch": epoch + 1, "step": step + 1, **record,
                          "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(speed),
                          "seconds": round(state["seconds"], 1)})
-            if final or due or caught:
+            stopped = caught[:1]  # taken once: a signal that comes now waits for the next step
+            if final or due or stopped:
                 save_checkpoint(model, optimizer, scaler, args, run, state)
                 saved = time.time()
-            if caught:
-                return caught[0]
+            if stopped:
+                return stopped[0]
+    return caught[0] if caught else None
 
 
 def check_weights(model, state):

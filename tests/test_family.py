@@ -12,7 +12,7 @@ METHOD_FLAGS = {  # the flags in which each script differs from the others, the 
     "simclr.py": {"dim", "hidden", "head", "temperature", "lr"},
     "vicreg.py": {"dim", "hidden", "sim_coeff", "std_coeff", "cov_coeff", "lr"},
 }
-BUDGET = {("simclr.py", "vicreg.py"): 150}  # changed lines of the diff; may only go down
+BUDGET = {("simclr.py", "vicreg.py"): 122}  # changed lines of the diff; may only go down
 
 
 def test_every_script_is_covered():

@@ -178,7 +178,7 @@ def test_killed_while_saving(finished, tmp_path, monkeypatch, capsys):
 
     def dies(*args):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 5:  # the end of the first epoch: it is logged already
             raise RuntimeError("power cut")
         replace(*args)
 
@@ -186,10 +186,12 @@ def test_killed_while_saving(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         script.main([*map(str, flags), "--out", str(run), "--save-every", "0"])
-    assert (run / "last.pt.tmp").exists() and load(run)["step"] == 4
+    assert (run / "last.pt.tmp").exists() and load(run)["step"] == 3
+    assert records(run)[-1]["epoch"] == 1
     monkeypatch.setattr(os, "replace", replace)
     script.main(["--resume", str(run)])
     assert equal_weights(out, run)
+    assert [r.get("epoch") for r in records(run)] == [None, 0, 1, 2, 3, None]
 
 
 def test_dry_run_goes_on_to_the_end(finished, tmp_path):
@@ -202,6 +204,24 @@ def test_dry_run_goes_on_to_the_end(finished, tmp_path):
     script.main(["--resume", str(run)])
     assert equal_weights(out, run)
     assert [r.get("epoch") for r in records(run)] == [r.get("epoch") for r in records(out)]
+
+
+def test_checkpoint_keeps_the_scaler(script, tmp_path):
+    """fp16's loss scale is saved and comes back; a run without one can move to a device with one."""
+    args = script.parse_args(["--data", "shapes", "--dim", "8"])
+    model = script.Model(args, 32, 10)
+    optimizer = script.build_optimizer(model, args)
+    state = {"step": 0, "seconds": 0.0, "history": [], "untrained": {}, "data": [1, 32, []]}
+    scales = []
+    for enabled in (True, False):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled)
+        scaler.scale(torch.ones(1))
+        run = script.Run(tmp_path)
+        script.save_checkpoint(model, optimizer, scaler, args, run, state)
+        restored = torch.amp.GradScaler("cpu", init_scale=2.0)
+        script.restore(script.load_checkpoint(tmp_path), model, optimizer, restored, dict(state))
+        scales.append(restored.get_scale())
+    assert scales == [8.0, 2.0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -476,7 +496,7 @@ def test_checkpoint_that_does_not_fit(finished, capsys, tmp_path):
     assert "does not fit" in edited("head", {"surprise": torch.zeros(2)})
     assert "does not fit" in edited("optimizer", {})
     assert "does not fit" in edited("history", [1])
-    assert "the run's data held" in edited("data", [81, 16, []])
+    assert "80 images of 16 px, the run's 81 of 16 px" in edited("data", [81, 16, []])
 
 
 def test_loss_that_is_not_finite(script, image_folder, capsys, monkeypatch, tmp_path):
