@@ -72,8 +72,13 @@ def add_method_args(parser):
 
 
 def build_head(num_features, args):
-    """Return the expander g: (N, F) -> (N, D); the last layer has no bias, BatchNorm or ReLU."""
+    """Return the expander g: (N, F) -> (N, D); the last layer has no bias, BatchNorm or ReLU.
+
+    SGD's largest stable learning rate falls with the width: beyond 1024 the expander gets less.
+    """
     hidden = args.hidden or args.dim
+    if args.optimizer == "sgd":
+        args.head_lr = args.head_lr or min(1.0, 1024 / max(hidden, args.dim))
     return nn.Sequential(
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
@@ -576,9 +581,10 @@ class LARS(torch.optim.Optimizer):
 def build_optimizer(model, args):
     """SGD or LARS for backbone and head; for the online probe plain SGD at a rate of its own."""
     lr = args.lr * args.batch_size / 256
-    groups = [{"params": [*model.backbone.parameters(), *model.head.parameters()], "lr": lr},
-              {"params": model.probe.parameters(), "lr": 0.1, "weight_decay": 0.0,
-               "eta": 0.0}]
+    groups = [{"params": [*model.backbone.parameters()], "lr": lr},
+              {"params": [*model.head.parameters()], "lr": lr * (args.head_lr or 1)},
+              {"params": model.probe.parameters(), "lr": 0.1, "weight_decay": 0.0, "eta": 0.0}]
+    groups = [group for group in groups if group["params"]]  # a head may have no parameters
     kind = torch.optim.SGD if args.optimizer == "sgd" else LARS
     optimizer = kind(groups, lr, momentum=args.momentum, weight_decay=args.weight_decay)
     for group in optimizer.param_groups:
@@ -616,7 +622,7 @@ def choose_device(args):
         torch.zeros(1, device=device).cpu()
     except Exception as error:  # each backend has exceptions of its own
         fail(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     precision = args.precision
     if precision == "auto":
@@ -831,6 +837,8 @@ def parse_args(argv=None):
     add("--steps", type=number(int, 1), help="stop after this many steps in all, as in a dry run")
     add("--batch-size", type=number(int, 2), help="images; default: 128 for shapes, else 512")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
+    add("--head-lr", type=number(float, 0, above=True),
+        help="learning rate of the head over the backbone's; default: 1, less for wide expanders")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="weight decay")
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up; default: a tenth of all")

@@ -9,6 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import simclr
+import vicreg
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,16 @@ def test_online_probe_teaches_no_one():
         assert torch.equal(gradients[0][name], gradients[2][name]) != name.startswith("probe"), name
 
 
+@pytest.mark.parametrize("flags, factor", [
+    (("--dim", "512"), 1), (("--dim", "8192"), 1 / 8), (("--dim", "64", "--hidden", "4096"), 1 / 4),
+    (("--dim", "8192", "--head-lr", "0.5"), 0.5), (("--dim", "8192", "--optimizer", "lars"), 1)])
+def test_wide_expanders_learn_slower(flags, factor):
+    args = vicreg.parse_args(["--data", "shapes", "--lr", "0.2", "--batch-size", "256", *flags])
+    with torch.device("meta"):
+        backbone, head, probe = vicreg.build_optimizer(vicreg.Model(args, 32, 10), args).param_groups
+    assert (backbone["lr"], head["lr"], probe["lr"]) == pytest.approx((0.2, 0.2 * factor, 0.1))
+
+
 def lars_loop(weights, gradients, lr, momentum, weight_decay, eta):
     """LARS as in VICReg's official code, one tensor and one step at a time."""
     state = [torch.zeros_like(w) for w in weights]
@@ -192,7 +203,7 @@ def test_learning_rate_schedule():
         rates.append([group["lr"] for group in optimizer.param_groups])
     rates = torch.tensor(rates)
     torch.testing.assert_close(rates[:10, 0], 0.2 * torch.arange(1, 11) / 10)
-    torch.testing.assert_close(rates[55], torch.tensor([0.1, 0.05]))
+    torch.testing.assert_close(rates[55], torch.tensor([0.1, 0.1, 0.05]))  # the probe has .1
     simclr.set_learning_rate(optimizer, 0, 2, 1)  # a warm-up ends at the peak, never above it
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
     assert rates[99, 0] < 1e-3 and (rates[10:].diff(dim=0) < 0).all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightly.loss import NTXentLoss, VICRegLoss
 
+import directclr
 import simclr
 import vicreg
 
@@ -45,6 +46,17 @@ def vicreg_loop(z1, z2, sim_coeff, std_coeff, cov_coeff):
     return sim_coeff * sim + std_coeff * std / 2 + cov_coeff * cov
 
 
+def info_nce_loop(z1, z2, temperature):
+    """DirectCLR's loss as its official code defines it, one pair at a time, both directions."""
+    z1, z2 = ([row / math.sqrt(sum(v * v for v in row)) for row in z.numpy()] for z in (z1, z2))
+    total = 0.0
+    for a, b in ((z1, z2), (z2, z1)):
+        for i in range(len(a)):
+            others = [math.exp(a[i] @ b[j] / temperature) for j in range(len(b))]
+            total -= math.log(others[i] / sum(others)) / len(a) / 2
+    return total
+
+
 def official_covariance(z):
     """The D x D form: the covariance matrix itself, its diagonal left out."""
     c = torch.cov(z.T).reshape(z.shape[1], z.shape[1])
@@ -58,12 +70,14 @@ def scalar(loss):
 LOSSES = {
     "nt_xent": lambda a, b: simclr.nt_xent(a, b, 0.5),
     "nt_xent-cold": lambda a, b: simclr.nt_xent(a, b, 0.1),
+    "info_nce": lambda a, b: directclr.info_nce(a, b, 0.1),
     "vicreg": lambda a, b: scalar(vicreg.vicreg_loss(a, b)),
     "vicreg-weights": lambda a, b: scalar(vicreg.vicreg_loss(a, b, 3.0, 5.0, 7.0)),
 }
 LOOPS = {
     "nt_xent": lambda a, b: nt_xent_loop(a, b, 0.5),
     "nt_xent-cold": lambda a, b: nt_xent_loop(a, b, 0.1),
+    "info_nce": lambda a, b: info_nce_loop(a, b, 0.1),
     "vicreg": lambda a, b: vicreg_loop(a, b, 25.0, 25.0, 1.0),
     "vicreg-weights": lambda a, b: vicreg_loop(a, b, 3.0, 5.0, 7.0),
 }
@@ -166,7 +180,7 @@ def test_half_precision_of_large_norm_stays_finite(name, dtype):
     loss = LOSSES[name](z1, z2)
     assert loss.dtype == torch.float32 and loss.isfinite()
     torch.testing.assert_close(loss, LOSSES[name](z1.float(), z2.float()))
-    if name.startswith("nt_xent"):  # VICReg's own gradient is beyond fp16 at this norm
+    if "nce" in name or "nt_xent" in name:  # VICReg's own gradient is beyond fp16 at this norm
         loss.backward()
         assert z1.grad.isfinite().all() and z2.grad.isfinite().all()
 
@@ -185,17 +199,19 @@ def test_vicreg_equals_lightly(shape):
     torch.testing.assert_close(vicreg.vicreg_loss(z1, z2)[0], expected)
 
 
-@pytest.mark.parametrize("script", [simclr, vicreg], ids=lambda s: s.METHOD)
+@pytest.mark.parametrize("script", [simclr, vicreg, directclr], ids=lambda s: s.METHOD)
 def test_seam(script):
     """loss_fn returns the copied-out function's value and finite, detached scalars."""
     args = script.parse_args(["--data", "shapes", "--dim", "16"])
     head = script.build_head(24, args)
-    h1, h2 = embeddings(8, 24, dtype=torch.float32)
+    h1, h2 = (h.requires_grad_() for h in embeddings(8, 24, dtype=torch.float32))
     z1, z2 = head(h1), head(h2)
     assert z1.shape == (8, 16)
     loss, parts = script.loss_fn(z1, z2, args)
     loss.backward()
-    assert loss.shape == () and all(p.grad.isfinite().all() for p in head.parameters())
+    assert loss.shape == () and loss.dtype == torch.float32
+    for tensor in (h1, h2, *head.parameters()):
+        assert tensor.grad.isfinite().all() and tensor.grad.abs().sum() > 0
     assert all(part.shape == () and not part.requires_grad for part in parts.values())
 
 
@@ -219,3 +235,74 @@ def test_vicreg_expander():
 
     assert widths("--dim", "8192") == [8192, 8192, 8192]
     assert widths("--dim", "64", "--hidden", "128") == [128, 128, 64]
+
+
+def directclr_head(*flags):
+    torch.manual_seed(0)
+    args = directclr.parse_args(["--data", "shapes", *flags])
+    return directclr.build_head(24, args), args
+
+
+@pytest.mark.parametrize("kind, dim, trained", [
+    ("slice", 6, 0), ("none", 24, 0), ("linear", 6, 24 * 6), ("diagonal", 24, 24),
+    ("mlp", 6, 24 * 24 + 48 + 24 * 6 + 12), ("orthogonal", 24, 24 * 24), ("lowrank", 24, 0)])
+def test_directclr_heads(kind, dim, trained):
+    """Output width, trainable numbers, and for the linear ones the singular values of the map."""
+    choice = ["--dim", "6"] if dim == 6 or kind == "lowrank" else []
+    head, _ = directclr_head("--head", kind, *choice)
+    h = embeddings(40, 24, dtype=torch.float32)[0]
+    assert head(h).shape == (40, dim)
+    assert sum(p.numel() for p in head.parameters() if p.requires_grad) == trained
+    if kind in ("slice", "none", "diagonal"):
+        torch.testing.assert_close(head(h), h[:, :dim])  # the diagonal starts at one
+    if kind in ("orthogonal", "lowrank"):
+        for _ in range(3 if trained else 0):  # it stays so while it learns
+            gradient = torch.autograd.grad((head(h) - h.flip(0)).square().mean(), head.parameters())
+            with torch.no_grad():
+                for p, g in zip(head.parameters(), gradient):
+                    p -= g
+        values = torch.linalg.svdvals(head(torch.eye(24)).detach())
+        expected = torch.cat([torch.ones(dim if trained else 6), torch.zeros(0 if trained else 18)])
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-4)
+
+
+def test_directclr_slice_leaves_the_other_features_without_gradient():
+    head, args = directclr_head("--head", "slice", "--dim", "6")
+    h1, h2 = (h.requires_grad_() for h in embeddings(8, 24, dtype=torch.float32))
+    directclr.loss_fn(head(h1), head(h2), args)[0].backward()
+    assert (h1.grad[:, :6] != 0).all() and (h1.grad[:, 6:] == 0).all()
+
+
+def test_directclr_random_and_group():
+    """Random sees d0 features, others each time; group sees each feature once and sums."""
+    z1, z2 = embeddings(8, 24, dtype=torch.float32)
+    head, args = directclr_head("--head", "random", "--dim", "6")
+    seen = []
+    for seed in range(5):
+        a = head(z1).clone().requires_grad_()
+        torch.manual_seed(seed)
+        loss = directclr.loss_fn(a, head(z2), args)[0]
+        loss.backward()
+        chosen = torch.where(a.grad.abs().sum(0) > 0)[0]
+        torch.testing.assert_close(loss, directclr.info_nce(z1[:, chosen], z2[:, chosen], 0.1))
+        seen.append(tuple(chosen.tolist()))
+    assert all(len(chosen) == 6 for chosen in seen) and len(set(seen)) == 5
+    head, args = directclr_head("--head", "group", "--dim", "6")
+    torch.manual_seed(0)
+    groups = torch.randperm(24).split(6)
+    torch.manual_seed(0)
+    loss = directclr.loss_fn(head(z1), head(z2), args)[0]
+    expected = sum(directclr.info_nce(z1[:, g], z2[:, g], 0.1) for g in groups)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--dim", "25"), "more than the 24 features"),
+    (("--head", "none", "--dim", "6"), "leave --dim"),
+    (("--head", "orthogonal", "--dim", "6"), "leave --dim"),
+    (("--head", "group", "--dim", "7"), "divide"),
+    (("--head", "random", "--dim", "30"), "more than the 24")])
+def test_directclr_refuses(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        directclr_head(*flags)
+    assert stop.value.code == 2 and message in capsys.readouterr().err

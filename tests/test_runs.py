@@ -207,7 +207,7 @@ def test_dry_run_goes_on_to_the_end(finished, tmp_path):
 
 
 def test_checkpoint_keeps_the_scaler(script, tmp_path):
-    """fp16's loss scale is saved and comes back; a run without one can move to a device with one."""
+    """fp16's loss scale is saved and comes back; a run without one may move to where there is."""
     args = script.parse_args(["--data", "shapes", "--dim", "8"])
     model = script.Model(args, 32, 10)
     optimizer = script.build_optimizer(model, args)
@@ -369,6 +369,17 @@ def test_temperature_must_be_positive(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 def test_no_cuda(script, capsys):
     assert "sees no CUDA device" in refused(capsys, script, "--data", "shapes", "--device", "cuda")
+
+
+@pytest.mark.parametrize("level, dtype", [
+    ((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), None)])
+def test_precision_by_the_gpus_level(script, monkeypatch, level, dtype):
+    """The choice that a GPU's compute capability leads to; the device itself is pretended."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: level)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    assert script.choose_device(script.parse_args([])) == (torch.device("cuda"), dtype)
 
 
 @pytest.fixture
