@@ -140,7 +140,8 @@ def test_online_probe_teaches_no_one():
 def test_wide_expanders_learn_slower(flags, factor):
     args = vicreg.parse_args(["--data", "shapes", "--lr", "0.2", "--batch-size", "256", *flags])
     with torch.device("meta"):
-        backbone, head, probe = vicreg.build_optimizer(vicreg.Model(args, 32, 10), args).param_groups
+        optimizer = vicreg.build_optimizer(vicreg.Model(args, 32, 10), args)
+    backbone, head, probe = optimizer.param_groups
     assert (backbone["lr"], head["lr"], probe["lr"]) == pytest.approx((0.2, 0.2 * factor, 0.1))
 
 
