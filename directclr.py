@@ -991,16 +991,16 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
             left = (now - start) / (step + 1 - first) * (last - step - 1)
             left = f"{datetime.timedelta(seconds=round(left))} left"
             text = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
-            text = f"epoch {epoch + 1:3d}/{args.epochs}  {text}"
-            if not (ends or final):
-                run.print(f"{text}  step {position + 1}/{epoch_steps}  {left}", live=True)
+            epoch_text = f"epoch {epoch + 1:3d}/{args.epochs}"
+            if not (ends or final):  # what matters first: a narrow terminal cuts the rest
+                run.print(f"{epoch_text}  step {position + 1}/{epoch_steps}  {left}  {text}", True)
             if ends or final or due or caught:
                 check_weights(model, state)
             if ends and (epoch + 1) % args.eval_every == 0 and not final:
                 record |= evaluate(model, data, device, linear=False)
                 text += f"  kNN {record['knn']:.1f}  online {record['online']:.1f}"
             if ends or final:
-                run.print(f"{text}  {speed:,.0f} images/s  {left}")
+                run.print(f"{epoch_text}  {text}  {speed:,.0f} images/s  {left}")
             if ends:
                 run.log({"epoch": epoch + 1, "step": step + 1, **record,
                          "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(speed),
