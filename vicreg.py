@@ -53,14 +53,18 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 
 # ==== 2. Method [method] ==========================================================================
 METHOD = "vicreg"
+VARIANT, VARIANTS = "head", ("expander", "mlp", "linear", "none")
 
 
 def add_method_args(parser):
     """Add the flags, and the defaults of flags, in which the methods differ."""
     parser.add_argument("--dim", type=number(int, 1), default=1024,
-                        help="D, the dimension that the loss acts on: the expander's last layer")
+                        help="D, the dimension that the loss acts on; --head none: the backbone's")
     parser.add_argument("--hidden", type=number(int, 1),
-                        help="width of the expander's two hidden layers; default: --dim")
+                        help="width of the head's hidden layers; default: --dim, at least 1024")
+    parser.add_argument("--head", choices=(*VARIANTS, "all"), default="expander",
+                        help="mlp: Linear-ReLU-Linear, SimCLR's projector; linear; none; expander: "
+                             "three layers with BatchNorm, VICReg's; all: each in turn")
     parser.add_argument("--sim-coeff", type=number(float, 0), default=25.0,
                         help="weight of the invariance term")
     parser.add_argument("--std-coeff", type=number(float, 0), default=25.0,
@@ -72,18 +76,26 @@ def add_method_args(parser):
 
 
 def build_head(num_features, args):
-    """Return the expander g: (N, F) -> (N, D); the last layer has no bias, BatchNorm or ReLU.
+    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare.
 
     SGD's largest stable learning rate falls with the width: beyond 1024 the expander gets less.
     """
-    hidden = args.hidden or args.dim
-    if args.optimizer == "sgd":
-        args.head_lr = args.head_lr or min(1.0, 1024 / max(hidden, args.dim))
-    return nn.Sequential(
-        nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, args.dim, bias=False),
-    )
+    hidden = args.hidden or max(1024, args.dim)
+    if args.head == "expander":
+        if args.optimizer == "sgd":
+            args.head_lr = args.head_lr or min(1.0, 1024 / max(hidden, args.dim))
+        return nn.Sequential(
+            nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, args.dim, bias=False),
+        )
+    if args.head == "mlp":
+        return nn.Sequential(
+            nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, args.dim)
+        )
+    if args.head == "linear":
+        return nn.Linear(num_features, args.dim, bias=False)
+    return nn.Identity()
 
 
 def variance(z):
@@ -639,8 +651,10 @@ def capability(device):
 
 
 def make_run_folder(args):
-    """Create and return --out, or runs/METHOD-DATA with a number added where it is taken."""
-    name = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    """Create and return --out, or runs/METHOD-VARIANT-DATA, numbered where it is taken."""
+    variant = getattr(args, VARIANT)
+    names = [METHOD, *([] if variant == next(iter(VARIANTS)) else [variant])]
+    name = args.out or f"runs/{'-'.join([*names, Path(args.data).resolve().name])}"
     for number in itertools.count(1):
         out = Path(name if number == 1 else f"{name}-{number}")
         try:
@@ -844,7 +858,7 @@ def parse_args(argv=None):
     add("--warmup", type=number(float, 0), help="epochs of linear warm-up; default: a tenth of all")
     add("--seed", type=number(int, 0), default=0, help="decides every random choice")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="run folder; default: runs/METHOD-DATA, numbered where it is taken")
+    add("--out", help="run folder; default: runs/METHOD-VARIANT-DATA, numbered where it is taken")
     add("--resume", metavar="RUN", help="go on with the run in this folder")
     add("--device", help="cuda, cpu, ...; default: cuda where there is one")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
@@ -996,9 +1010,44 @@ def summary(name, metrics):
     return "{:10s} kNN {knn:5.1f}  linear {linear:5.1f}  rank {rank:6.1f}".format(name, **metrics)
 
 
+def run_all(args, argv):
+    """Train every variant in turn, each in a folder of its own; print their table and return it.
+
+    What is there is not trained again: after a stop, the same command goes on.
+    """
+    folder = Path(args.out or f"runs/{METHOD}-all-{Path(args.data).resolve().name}")
+    table = {}
+    for variant in VARIANTS:
+        out = folder / variant
+        row = [*(sys.argv[1:] if argv is None else argv), f"--{VARIANT}", variant]
+        asked = vars(parse_args(row))
+        row += ["--out", str(out)]
+        if (out / "last.pt").exists():
+            begun = load_checkpoint(out)["args"]
+            wrong = [f"--{k.replace('_', '-')} {v}" for k, v in begun.items()
+                     if k not in (*FREE, "out") and asked[k] not in (None, v)]
+            if wrong:
+                fail(f"{out} was begun with {', '.join(wrong)}; say so, or choose another --out")
+            row += ["--resume", str(out)]
+        try:
+            table[variant] = main(row)
+        except SystemExit as stop:  # one that diverges does not end the others
+            if stop.code != 2 or not (out / "last.pt").exists():
+                raise
+            table[variant] = {}
+    columns = ("knn", "linear", "online", "rank", "seconds")
+    print("\n{:12s}".format(VARIANT) + "".join(f"{name:>9s}" for name in columns))
+    for variant, metrics in table.items():
+        cells = "".join(f"{metrics[name]:9.1f}" for name in columns) if metrics else "   failed"
+        print(f"{variant:12s}{cells}")
+    return table
+
+
 def main(argv=None):
     """Train and evaluate; the final metrics, accuracies in percent, as in the log's last line."""
     args = parse_args(argv)
+    if getattr(args, VARIANT) == "all":
+        return run_all(args, argv)
     device, dtype = choose_device(args)
     checkpoint = load_checkpoint(args.resume) if args.resume is not None else None
     data = load_data(args)
@@ -1024,8 +1073,8 @@ def main(argv=None):
               "images": n, "test_images": len(data.test_images), "image_size": size,
               "classes": len(data.classes), "steps_per_epoch": n // args.batch_size,
               "learning_rate": optimizer.param_groups[0]["peak_lr"]}
-    run.print(f"{METHOD} on {args.data}: {n:,} images of {size} px to train on, "
-              f"{len(data.test_images):,} to test on, {len(data.classes)} classes")
+    run.print(f"{METHOD} ({getattr(args, VARIANT)}) on {args.data}: {n:,} images of {size} px to "
+              f"train on, {len(data.test_images):,} to test on, {len(data.classes)} classes")
     run.print(f"{args.arch} ({sizes[0] / 1e6:.1f} M parameters), head ({sizes[1] / 1e6:.1f} M), "
               f"{args.optimizer} at {header['learning_rate']:.4g}, batches of {args.batch_size}")
     run.print(f"{header['gpu'] if device.type == 'cuda' else device}, {precision}, in {run.folder}")

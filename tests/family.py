@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINING = ("simclr.py", "vicreg.py", "directclr.py")
+TRAINING = ("simclr.py", "vicreg.py", "directclr.py", "interpolate.py")
 SCRIPTS = (*TRAINING,)
 BANNER = re.compile(r"# ==== (\d+)\. (.+) \[(shared|method)\] =+\n")
 

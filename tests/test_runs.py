@@ -20,7 +20,7 @@ from conftest import ROOT, write_folder
 from family import TRAINING
 
 METHODS = [name.removesuffix(".py") for name in TRAINING]
-TINY = ("--arch", "convnet", "--batch-size", "20", "--dim", "32", "--epochs", "3", "--lr", "0.1")
+TINY = ("--arch", "convnet", "--batch-size", "20", "--dim", "32", "--epochs", "3", "--lr", "0.02")
 
 
 def load(run):
@@ -63,7 +63,7 @@ def test_run_to_the_last_line(finished):
     log = records(out)
     assert log[0]["method"] == method and log[0]["args"]["epochs"] == 3
     assert {"argv", "torch", "commit", "parameters", "learning_rate"} <= set(log[0])
-    assert log[0]["learning_rate"] == pytest.approx(0.1 * 20 / 256)
+    assert log[0]["learning_rate"] == pytest.approx(0.02 * 20 / 256)
     assert {"knn_untrained", "linear_untrained"} <= set(log[1])
     assert [r["epoch"] for r in log[2:-1]] == [1, 2, 3]
     assert all(r["loss"] > 0 and r["images_per_second"] > 0 for r in log[2:-1])
@@ -300,6 +300,82 @@ def test_compile_saves_the_same_names(image_folder, tmp_path):
         assert list(one[part]) == list(two[part])
 
 
+def test_all_variants_in_turn(image_folder, tmp_path, capsys, monkeypatch):
+    """The table has a row a variant; a failed one does not end the others; the same command goes
+    on, trains nothing twice, and ends with the same table."""
+    import simclr
+
+    folder = tmp_path / "all"
+    flags = ["--data", str(image_folder), *TINY, "--epochs", "1", "--head", "all", "--out",
+             str(folder)]
+    train, trained = simclr.train, []
+
+    def diverges(model, optimizer, scaler, data, args, dtype, run, state):
+        trained.append((args.head, state["step"]))
+        if args.head == "linear" and len(trained) < 5:
+            simclr.fail("the loss is not finite")
+        return train(model, optimizer, scaler, data, args, dtype, run, state)
+
+    monkeypatch.setattr(simclr, "train", diverges)
+    first = simclr.main(flags)
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert table[0].split() == ["head", "knn", "linear", "online", "rank", "seconds"]
+    assert [row.split()[0] for row in table[1:]] == list(simclr.VARIANTS) == list(first)
+    assert table[2].split() == ["linear", "failed"] and first["linear"] == {}
+    assert table[1].split()[1] == f"{first['mlp']['knn']:.1f}"
+    assert {p.name for p in folder.iterdir()} == set(simclr.VARIANTS)
+    again = simclr.main(flags)
+    assert trained[4:] == [("mlp", 4), ("linear", 0), ("none", 4), ("expander", 4)]
+    assert again["linear"]["step"] == 4
+    for head in ("mlp", "none", "expander"):
+        assert again[head] == first[head]
+        assert records(folder / head)[-1]["knn"] == first[head]["knn"]
+    line = refused(capsys, simclr, *flags, "--lr", "0.3")
+    assert f"{folder / 'mlp'} was begun with --lr 0.02" in line
+    del flags[flags.index("--lr") : flags.index("--lr") + 2]  # a flag left out is noticed too
+    assert "was begun with --lr 0.02" in refused(capsys, simclr, *flags)
+
+
+def test_all_ends_at_bad_input(image_folder, tmp_path, capsys):
+    """What no variant can begin with is said once."""
+    import simclr
+
+    flags = ("--data", image_folder, *TINY, "--batch-size", "500", "--head", "all")
+    assert "more than the 80" in refused(capsys, simclr, *flags, "--out", tmp_path / "all")
+
+
+@pytest.mark.parametrize("script", ["directclr", "interpolate"])
+def test_all_methods_and_heads_train(script, image_folder, tmp_path):
+    script, folder = importlib.import_module(script), tmp_path / "all"
+    flags = ["--data", str(image_folder), "--arch", "convnet", "--batch-size", "20",
+             "--epochs", "2", "--out", str(folder), f"--{script.VARIANT}", "all"]
+    small = ["--dim", "32", "--hidden", "32"] if script.METHOD == "interpolate" else []
+    table = script.main(flags + small)
+    assert list(table) == list(script.VARIANTS)
+    for name, metrics in table.items():
+        assert metrics["step"] == 8 and records(folder / name)[2]["loss"] is not None
+        assert load(folder / name)["args"][script.VARIANT] == name
+
+
+def test_interpolate_trains_what_vicreg_trains(image_folder, tmp_path):
+    """The path's first step is vicreg.py's run, weight for weight; a blend with alpha 0 too, and
+    alpha 1 is the other method's."""
+    import interpolate
+    import vicreg
+
+    flags = ["--data", str(image_folder), *TINY, "--epochs", "1", "--out"]
+    vicreg.main([*flags, str(tmp_path / "vicreg")])
+    runs = {"start": [], "zero": ["--blend", "dcl", "--alpha", "0"],
+            "one": ["--blend", "dcl", "--alpha", "1"], "dcl": ["--method", "dcl"]}
+    for name, choice in runs.items():
+        interpolate.main([*flags, str(tmp_path / name), *choice])
+    assert equal_weights(tmp_path / "vicreg", tmp_path / "start")
+    assert equal_weights(tmp_path / "vicreg", tmp_path / "zero")
+    assert equal_weights(tmp_path / "dcl", tmp_path / "one")
+    assert not equal_weights(tmp_path / "vicreg", tmp_path / "dcl")
+    assert {"vicreg", "dcl"} <= set(records(tmp_path / "zero")[2])
+
+
 def test_resume_may_change_what_does_not_matter(finished, tmp_path):
     method, out, _, _ = finished
     shutil.copytree(out, tmp_path / "moved")
@@ -343,7 +419,8 @@ BAD_FLAGS = {
     "--momentum 1.5": "at most 1", "--gray 2": "at most 1", "--jitter .4 .4 .4 .7": "at most 0.5",
     "--crop 0.5 0.2": "the smaller one first", "--crop 0 1": "above 0",
     "--blur .1 .2 .3": "two: one for each view", "--no-such-flag": "unrecognized",
-    "--arch vgg": "invalid choice", "--optimizer adam": "invalid choice",
+    "--head moco": "invalid choice", "--arch vgg": "invalid choice",
+    "--optimizer adam": "invalid choice",
     "--data nowhere": "no such folder", "--data ./nowhere": "no such folder",
     "--resume nowhere": "no last.pt there", "--resume=": "no last.pt there",
     "--precision fp16 --device cpu": "needs a GPU",
@@ -449,7 +526,7 @@ def test_resume_contradicted(finished, capsys):
     method, out, _, _ = finished
     script = importlib.import_module(method)
     line = refused(capsys, script, "--resume", out, "--lr", "0.2", "--epochs", "3", "--seed", "5")
-    assert "--lr 0.2 (the run's: 0.1)" in line and "--seed 5" in line and "--epochs" not in line
+    assert "--lr 0.2 (the run's: 0.02)" in line and "--seed 5" in line and "--epochs" not in line
 
 
 def test_resume_of_another_method(finished, capsys):
