@@ -1054,8 +1054,10 @@ def run_all(args, argv):
         row += ["--out", str(out)]
         if (out / "last.pt").exists():
             begun = load_checkpoint(out)["args"]
+            for name in ("dim", "head_lr"):  # which build_head fills in
+                asked[name] = asked[name] or begun[name]
             wrong = [f"--{k.replace('_', '-')} {v}" for k, v in begun.items()
-                     if k not in (*FREE, "out") and asked[k] not in (None, v)]
+                     if k not in (*FREE, "out") and asked[k] != v]
             if wrong:
                 fail(f"{out} was begun with {', '.join(wrong)}; say so, or choose another --out")
             row += ["--resume", str(out)]

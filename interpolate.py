@@ -27,8 +27,9 @@ Chosen where the paper's text leaves it open. exp and ctr: with t = .5 and c = 1
 collapsed; c = 25 t gives the log-sum-exp SimCLR's weight against the invariance, for embeddings
 of unit deviation have mse = 2 (1 - cosine). ctr: dimensions are centred over the batch, then v and
 C are literally those of the transpose, which centre each embedding too. abs and sq: of all
-similarities, the positive's too. --normalize: each view by itself. Barlow Twins' and TCR's official
-losses are sums, over D squares and over N images; SGD needs means: see loss_fn.
+similarities, the positive's too. --normalize: each view by itself.
+Differs from the official codes: the losses of spectral, Barlow Twins and TCR are scaled for SGD;
+barlow's w (.0051) and tcr's e (.2) are for other N and D and failed here, or nearly so.
 """
 
 # ==== 1. Imports [shared] =========================================================================
@@ -113,12 +114,11 @@ def add_method_args(parser):
                              "vicreg-exp, vicreg-ctr")
     parser.add_argument("--mu", type=number(float, 0, above=True), default=1.0,
                         help="spectral: the largest squared norm of an embedding")
-    parser.add_argument("--off-diagonal", type=number(float, 0), default=0.0051,
+    parser.add_argument("--off-diagonal", type=number(float, 0), default=0.002,
                         help="w of barlow")
-    parser.add_argument("--eps", type=number(float, 0, above=True), default=0.2,
+    parser.add_argument("--eps", type=number(float, 0, above=True), default=1.6,
                         help="e of tcr, the squared distortion")
-    parser.add_argument("--tcr-coeff", type=number(float, 0), default=0.3, help="a of tcr")
-    parser.add_argument("--scale", type=number(float, 0), default=1.0, help="experiment")
+    parser.add_argument("--tcr-coeff", type=number(float, 0), default=1.0, help="a of tcr")
     parser.add_argument("--lr", type=number(float, 0, above=True), default=0.06,
                         help="learning rate for a batch of 256; scales with --batch-size")
 
@@ -279,7 +279,7 @@ def spectral_loss(z1, z2, mu=1.0):
     return (negative - 2 * positive.mean()) / mu
 
 
-def barlow_loss(z1, z2, off_diagonal=0.0051):
+def barlow_loss(z1, z2, off_diagonal=0.002):
     """Barlow Twins' loss of z1, z2 (N, D); a scalar (Zbontar et al. 2021, equation 1).
 
     C is the cross-correlation matrix of the two views, every dimension standardised over the batch.
@@ -290,7 +290,7 @@ def barlow_loss(z1, z2, off_diagonal=0.0051):
     return (1 - diagonal).square().sum() + off_diagonal * others
 
 
-def coding_rate(z, eps=0.2):
+def coding_rate(z, eps=1.6):
     """log det(I + D / (N eps) Z^T Z) / 2 of embeddings (N, D), made unit vectors; a scalar.
 
     I + Z Z^T has the same determinant: the smaller of the two is built (Yu et al. 2020).
@@ -302,7 +302,7 @@ def coding_rate(z, eps=0.2):
     return torch.linalg.cholesky(small).diagonal().log().sum()
 
 
-def tcr_loss(z1, z2, coeff=0.3, eps=0.2):
+def tcr_loss(z1, z2, coeff=1.0, eps=1.6):
     """Total coding rate of z1, z2 (N, D), to be large, and cosine invariance; a scalar."""
     z1, z2 = raise_half(z1, z2)
     rate = (coding_rate(z1, eps) + coding_rate(z2, eps)) / 2
@@ -310,23 +310,29 @@ def tcr_loss(z1, z2, coeff=0.3, eps=0.2):
 
 
 def method_loss(method, z1, z2, args):
-    """Return the loss of the named method and its parts."""
+    """Return the named method's loss of z1, z2 (N, D) and its parts.
+
+    The last three are scaled so that the others' learning rate serves them too.
+    """
     name, _, variant = method.partition("-")
-    if name == "vicreg":
-        cov_coeff, criterion = args.cov_coeff, covariance
-        if variant:
-            cov_coeff = args.sim_coeff * args.temperature if cov_coeff is None else cov_coeff
-            criterion = lambda z: covariance_exp(z, args.temperature)
-        return vicreg_loss(z1, z2, args.sim_coeff, args.std_coeff,
-                           1.0 if cov_coeff is None else cov_coeff, criterion, variant == "ctr")
     if name in ("simclr", "dcl"):
         of = {"": None, "abs": torch.abs, "sq": torch.square}[variant]
         return nt_xent(z1, z2, args.temperature, of, name == "dcl", args.normalize), {}
     if name == "spectral":
-        return args.scale * spectral_loss(z1, z2, args.mu), {}
+        return 5 * spectral_loss(z1, z2, args.mu), {}
     if name == "barlow":
-        return args.scale * barlow_loss(z1, z2, args.off_diagonal), {}
-    return args.scale * tcr_loss(z1, z2, args.tcr_coeff, args.eps), {}
+        return 3 / z1.shape[1] * barlow_loss(z1, z2, args.off_diagonal), {}
+    if name == "tcr":
+        return 30 * tcr_loss(z1, z2, args.tcr_coeff, args.eps), {}
+
+    def criterion(z):
+        return covariance_exp(z, args.temperature) if variant else covariance(z)
+
+    cov_coeff = args.cov_coeff
+    if cov_coeff is None:
+        cov_coeff = args.sim_coeff * args.temperature if variant else 1.0
+    coefficients = args.sim_coeff, args.std_coeff, cov_coeff
+    return vicreg_loss(z1, z2, *coefficients, criterion, variant == "ctr")
 
 
 def loss_fn(z1, z2, args):
@@ -1228,8 +1234,10 @@ def run_all(args, argv):
         row += ["--out", str(out)]
         if (out / "last.pt").exists():
             begun = load_checkpoint(out)["args"]
+            for name in ("dim", "head_lr"):  # which build_head fills in
+                asked[name] = asked[name] or begun[name]
             wrong = [f"--{k.replace('_', '-')} {v}" for k, v in begun.items()
-                     if k not in (*FREE, "out") and asked[k] not in (None, v)]
+                     if k not in (*FREE, "out") and asked[k] != v]
             if wrong:
                 fail(f"{out} was begun with {', '.join(wrong)}; say so, or choose another --out")
             row += ["--resume", str(out)]

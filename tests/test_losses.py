@@ -7,6 +7,7 @@ import torch
 from lightly.loss import NTXentLoss, VICRegLoss
 
 import directclr
+import interpolate
 import simclr
 import vicreg
 
@@ -199,7 +200,8 @@ def test_vicreg_equals_lightly(shape):
     torch.testing.assert_close(vicreg.vicreg_loss(z1, z2)[0], expected)
 
 
-@pytest.mark.parametrize("script", [simclr, vicreg, directclr], ids=lambda s: s.METHOD)
+@pytest.mark.parametrize("script", [simclr, vicreg, directclr, interpolate],
+                         ids=lambda s: s.METHOD)
 def test_seam(script):
     """loss_fn returns the copied-out function's value and finite, detached scalars."""
     args = script.parse_args(["--data", "shapes", "--dim", "16"])
@@ -218,9 +220,10 @@ def test_seam(script):
 @pytest.mark.parametrize("kind, count", [
     ("mlp", 24 * 32 + 32 + 32 * 16 + 16), ("linear", 24 * 16), ("none", 0),
     ("expander", 24 * 32 + 32 + 64 + 32 * 32 + 32 + 64 + 32 * 16)])
-def test_simclr_heads(kind, count):
-    args = simclr.parse_args(["--head", kind, "--dim", "16", "--hidden", "32"])
-    head = simclr.build_head(24, args)
+@pytest.mark.parametrize("script", [simclr, vicreg, interpolate], ids=lambda s: s.METHOD)
+def test_projectors(script, kind, count):
+    args = script.parse_args(["--head", kind, "--dim", "16", "--hidden", "32"])
+    head = script.build_head(24, args)
     assert sum(p.numel() for p in head.parameters()) == count
     assert head(torch.zeros(4, 24)).shape == (4, 24 if kind == "none" else 16)
 
@@ -235,6 +238,8 @@ def test_vicreg_expander():
 
     assert widths("--dim", "8192") == [8192, 8192, 8192]
     assert widths("--dim", "64", "--hidden", "128") == [128, 128, 64]
+    assert widths("--dim", "64") == [1024, 1024, 64]
+    assert widths() == [1024, 1024, 1024]
 
 
 def directclr_head(*flags):
