@@ -12,7 +12,7 @@ reached through the backbone's last residual block.
     Jing, Vincent, LeCun, Tian, Understanding dimensional collapse in contrastive self-supervised
         learning, ICLR 2022; --head gives every row of its Tables 1 and 2
 
-Run     python directclr.py --data shapes                drawn images, CPU, under three minutes
+Run     python directclr.py --data shapes                drawn images, a few minutes on a CPU
         python directclr.py --epochs 100                 CIFAR-10, ResNet-18
         python directclr.py --head linear                a row of the paper's tables
         python directclr.py --resume RUN                 go on after a stop

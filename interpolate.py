@@ -166,8 +166,13 @@ def check_flags(args):
     methods = {args.method, args.blend} - {None}
     if args.normalize != "classical" and not any(m.startswith(("simclr", "dcl")) for m in methods):
         fail(f"--normalize {args.normalize} is for simclr and dcl, not for {args.method}")
-    if "vicreg-exp" in methods and args.dim == 1 or "vicreg-ctr" in methods and args.dim == 1:
-        fail(f"--dim 1 leaves {args.method} nothing to contrast; at least 2")
+    if args.dim == 1 and methods & {"vicreg-exp", "vicreg-ctr"}:
+        fail("--dim 1 leaves vicreg-exp and vicreg-ctr nothing to contrast; at least 2")
+
+
+def raise_half(*tensors):
+    """The tensors in float32 at least; call the losses outside autocast."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def variance(z):
@@ -218,11 +223,6 @@ def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, criterion
     cov = criterion(z1) + criterion(z2)
     loss = sim_coeff * sim + std_coeff * std + cov_coeff * cov
     return loss, {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach()}
-
-
-def raise_half(*tensors):
-    """The tensors in float32 at least; call the losses outside autocast."""
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def normalize(z1, z2, kind="classical"):

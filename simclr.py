@@ -13,7 +13,7 @@ with s the cosine similarity, p the other view of i's image, t the temperature.
     Jing et al., Understanding dimensional collapse in contrastive self-supervised learning,
         ICLR 2022: --head mlp, linear, none are the baselines of its Table 1
 
-Run     python simclr.py --data shapes                   drawn images, CPU, under three minutes
+Run     python simclr.py --data shapes                   drawn images, a few minutes on a CPU
         python simclr.py --epochs 100                    CIFAR-10, ResNet-18
         python simclr.py --resume runs/simclr-cifar10    go on after a stop
 Copy    nt_xent(z1, z2, temperature)

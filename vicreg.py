@@ -12,7 +12,7 @@ are decorrelated. The representation h = f(x) is kept; the loss acts on the embe
     Garrido et al., On the duality between contrastive and non-contrastive self-supervised
         learning, ICLR 2023: c is the sample-contrastive criterion of the transpose
 
-Run     python vicreg.py --data shapes                   drawn images, CPU, under three minutes
+Run     python vicreg.py --data shapes                   drawn images, a few minutes on a CPU
         python vicreg.py --dim 8192 --epochs 100         CIFAR-10, expander 8192-8192-8192
         python vicreg.py --resume runs/vicreg-cifar10    go on after a stop
 Copy    vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff), with variance() and covariance()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from lightly.loss import BarlowTwinsLoss, DCLLoss, NTXentLoss, VICRegLoss
-from test_losses import SHAPES, embeddings
+from test_losses import SHAPES, Largest, embeddings
 
 import interpolate
 import simclr
@@ -287,6 +287,16 @@ def test_either_side_gives_the_same(shape):
     both(lambda a, _: interpolate.coding_rate(a, 0.5), rate)
     both(interpolate.product_square, lambda a, b: (a @ b.T).square().sum())
     both(lambda a, b: interpolate.product_square(a.T, b.T), lambda a, b: (a.T @ b).square().sum())
+
+
+@pytest.mark.parametrize("shape", [(16, 512), (512, 16)], ids=str)
+@pytest.mark.parametrize("method", ["vicreg", "spectral", "barlow", "tcr"])
+def test_only_the_smaller_side_is_built(method, shape):
+    """The largest tensor, forward and backward, is N x D, never the larger of N x N and D x D."""
+    z1, z2 = (z.requires_grad_() for z in embeddings(*shape, dtype=torch.float32))
+    with Largest() as largest:
+        loss_of(("--method", method))(z1, z2).backward()
+    assert 0 < largest.numel <= 16 * 512
 
 
 # The duality: K = Z^T, (D, N) in the paper.

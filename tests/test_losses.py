@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lightly.loss import NTXentLoss, VICRegLoss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import directclr
 import interpolate
@@ -150,20 +151,21 @@ def test_covariance_by_either_matrix(shape):
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
 def test_no_matrix_of_dimensions_when_the_batch_is_smaller():
     """The largest tensor that the loss allocates, forward and backward, is N x D, never D x D."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.numel = max(self.numel, tensor.numel())
-            return out
-
     z1, z2 = (z.requires_grad_() for z in embeddings(16, 512, dtype=torch.float32))
     with Largest() as largest:
         vicreg.vicreg_loss(z1, z2)[0].backward()

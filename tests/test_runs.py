@@ -357,21 +357,25 @@ def test_all_methods_and_heads_train(script, image_folder, tmp_path):
         assert load(folder / name)["args"][script.VARIANT] == name
 
 
-def test_interpolate_trains_what_vicreg_trains(image_folder, tmp_path):
-    """The path's first step is vicreg.py's run, weight for weight; a blend with alpha 0 too, and
-    alpha 1 is the other method's."""
+def test_interpolate_trains_what_vicreg_and_simclr_train(image_folder, tmp_path):
+    """The path's first step is vicreg.py's run, weight for weight, a blend with alpha 0 too; alpha
+    1 is the other method's. With simclr.py's head and temperature the step simclr is its run."""
     import interpolate
+    import simclr
     import vicreg
 
     flags = ["--data", str(image_folder), *TINY, "--epochs", "1", "--out"]
     vicreg.main([*flags, str(tmp_path / "vicreg")])
+    simclr.main([*flags, str(tmp_path / "simclr")])
     runs = {"start": [], "zero": ["--blend", "dcl", "--alpha", "0"],
-            "one": ["--blend", "dcl", "--alpha", "1"], "dcl": ["--method", "dcl"]}
+            "one": ["--blend", "dcl", "--alpha", "1"], "dcl": ["--method", "dcl"],
+            "step": ["--method", "simclr", "--head", "mlp", "--temperature", "0.5"]}
     for name, choice in runs.items():
         interpolate.main([*flags, str(tmp_path / name), *choice])
     assert equal_weights(tmp_path / "vicreg", tmp_path / "start")
     assert equal_weights(tmp_path / "vicreg", tmp_path / "zero")
     assert equal_weights(tmp_path / "dcl", tmp_path / "one")
+    assert equal_weights(tmp_path / "simclr", tmp_path / "step")
     assert not equal_weights(tmp_path / "vicreg", tmp_path / "dcl")
     assert {"vicreg", "dcl"} <= set(records(tmp_path / "zero")[2])
 
