@@ -2,7 +2,7 @@
 
 VICReg decorrelates the dimensions of the embedding, SimCLR pushes images apart. With Z the centred
 embeddings, one is about the covariance matrix Z^T Z, the other about the Gram matrix Z Z^T, and
-|Z^T Z| = |Z Z^T|. --method walks from one to the other, changing one thing at a time (--list):
+|Z^T Z| = |Z Z^T|. --method walks from one to the other in steps, which --list names:
 
     vicreg       25 mse + 25 v + sum_{i != j} C_ij^2 / D,  C the covariance matrix, v the hinge
     vicreg-exp   squares -> log-sum-exp: 25 mse + 25 v + c mean_i log sum_{j != i} exp(C_ij / t)
@@ -67,7 +67,7 @@ VARIANT, VARIANTS = "method", {  # what changes against the line above; formula;
                    "a mse + b v + c mean_i log sum_{j!=i} exp(C_ij / t)", "dimension"),
     "vicreg-ctr": ("v and C of the transpose: C is a Gram matrix",
                    "the same, z transposed", "sample"),
-    "simclr": ("unit norms; negatives from both views, the positive in the sum",
+    "simclr": ("unit norms, no centring (--normalize A centres); the sum over both views",
                "-s_ii' / t + log sum_{j!=i} exp(s_ij / t)", "sample, if spread"),
     "simclr-abs": ("absolute cosines", "simclr with |s|", "sample"),
     "simclr-sq": ("squared cosines", "simclr with s^2", "sample"),
@@ -80,7 +80,7 @@ VARIANT, VARIANTS = "method", {  # what changes against the line above; formula;
     "barlow": ("spectral's squares on the transpose, standardised",
                "sum_i (1 - C_ii)^2 + w sum_{i!=j} C_ij^2", "dimension"),
     "tcr": ("log-determinant instead of squares; unit norms",
-            "a (1 - s_ii') - log det(I + D / (N e) C) / 2", "dimension"),
+            "a (1 - s_ii') - log det(I + D / (N e) Z^T Z) / (2 N)", "dimension"),
 }
 
 
@@ -236,7 +236,7 @@ def normalize(z1, z2, kind="classical"):
         z1, z2 = z1 - z1.mean(dim=0), z2 - z2.mean(dim=0)
     if kind == "B":
         z1, z2 = F.normalize(z1, dim=0), F.normalize(z2, dim=0)
-        return torch.cat([z1, z2]) * math.sqrt(z1.shape[0] / z1.shape[1])
+        return torch.cat([z1, z2]) * (z1.shape[0] / z1.shape[1]) ** 0.5
     return F.normalize(torch.cat([z1, z2]), dim=1)
 
 
@@ -272,7 +272,7 @@ def spectral_loss(z1, z2, mu=1.0):
 
     Embeddings longer than sqrt(mu) are scaled to that norm; negatives are the other view's.
     """
-    z1, z2 = (z / (z.norm(dim=1, keepdim=True) / math.sqrt(mu)).clamp(min=1)
+    z1, z2 = (z / (z.norm(dim=1, keepdim=True) / mu**0.5).clamp(min=1)
               for z in raise_half(z1, z2))
     n, positive = len(z1), (z1 * z2).sum(dim=1)
     negative = (product_square(z1, z2) - positive.square().sum()) / (n * (n - 1))
@@ -299,7 +299,8 @@ def coding_rate(z, eps=1.6):
     n, dim = z.shape
     small = (z.T @ z if dim <= n else z @ z.T) * (dim / (n * eps))
     small = small + torch.eye(len(small), dtype=z.dtype, device=z.device)
-    return torch.linalg.cholesky(small).diagonal().log().sum()
+    factor, failed = torch.linalg.cholesky_ex(small)  # failed stays on the device; then NaN
+    return factor.diagonal().log().sum().masked_fill(failed > 0, torch.nan)
 
 
 def tcr_loss(z1, z2, coeff=1.0, eps=1.6):
@@ -328,9 +329,8 @@ def method_loss(method, z1, z2, args):
     def criterion(z):
         return covariance_exp(z, args.temperature) if variant else covariance(z)
 
-    cov_coeff = args.cov_coeff
-    if cov_coeff is None:
-        cov_coeff = args.sim_coeff * args.temperature if variant else 1.0
+    default = args.sim_coeff * args.temperature if variant else 1.0
+    cov_coeff = default if args.cov_coeff is None else args.cov_coeff
     coefficients = args.sim_coeff, args.std_coeff, cov_coeff
     return vicreg_loss(z1, z2, *coefficients, criterion, variant == "ctr")
 
@@ -737,8 +737,16 @@ def linear_probe(train_x, train_y, test_x, test_y, steps=400):
 
 @torch.no_grad()
 def effective_rank(x):
-    """exp of the entropy of the normalised singular values of x (n, F): RankMe, 1 at collapse."""
-    p = torch.linalg.svdvals(x)
+    """exp of the entropy of the normalised singular values of x (n, F): RankMe, 1 at collapse.
+
+    They are the roots of the eigenvalues of X^T X or X X^T, the smaller, in float64 on the CPU.
+    """
+    x = x if len(x) >= x.shape[1] else x.T
+    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for part in x.split(1000):
+        part = part.to("cpu", torch.float64)
+        gram.addmm_(part.T, part)
+    p = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = p / p.sum().clamp(min=1e-12)
     return math.exp(-torch.special.xlogy(p, p).sum().item())
 
@@ -825,10 +833,13 @@ def set_learning_rate(optimizer, step, steps, warmup):
 
 
 # ==== 8. Runtime [shared] =========================================================================
-def fail(message):
-    """End the program with one line on what was wrong and exit code 2."""
+DIVERGED = 3  # exit code where the loss or a weight is not finite
+
+
+def fail(message, code=2):
+    """End the program with one line on what was wrong and an exit code."""
     print(f"{METHOD}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def choose_device(args):
@@ -911,10 +922,9 @@ def load_checkpoint(run):
     return checkpoint
 
 
-def save_checkpoint(model, optimizer, scaler, args, run, state):
+def save_checkpoint(model, optimizer, scaler, run, state):
     """Write last.pt, everything to go on with."""
-    arguments = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
-    save({"format": 1, "method": METHOD, "args": arguments, **state,
+    save({"format": 1, "method": METHOD, **state,
           "log_bytes": run.file.tell(), "backbone": model.backbone.state_dict(),
           "head": model.head.state_dict(), "probe": model.probe.state_dict(),
           "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
@@ -1189,7 +1199,7 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
                          "seconds": round(state["seconds"], 1)})
             stopped = caught[:1]  # taken once: a signal that comes now waits for the next step
             if final or due or stopped:
-                save_checkpoint(model, optimizer, scaler, args, run, state)
+                save_checkpoint(model, optimizer, scaler, run, state)
                 saved = time.time()
             if stopped:
                 return stopped[0]
@@ -1201,7 +1211,7 @@ def check_weights(model, state):
     tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
     if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
         fail(f"weights are not finite after step {state['step']}; the last checkpoint stays; "
-             "try a smaller --lr or --precision fp32")
+             "try a smaller --lr or --precision fp32", DIVERGED)
 
 
 def mean_history(history, names, epoch, epoch_steps):
@@ -1211,7 +1221,8 @@ def mean_history(history, names, epoch, epoch_steps):
     if len(bad):
         parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values[bad[0]]))
         fail(f"the loss is not finite in epoch {epoch + 1}, step {int(bad[0]) + 1} of {epoch_steps}"
-             f": {parts}; the last checkpoint stays; try a smaller --lr or --precision fp32")
+             f": {parts}; the last checkpoint stays; try a smaller --lr or --precision fp32",
+             DIVERGED)
     return values.mean(0).tolist()
 
 
@@ -1231,20 +1242,19 @@ def run_all(args, argv):
         out = folder / variant
         row = [*(sys.argv[1:] if argv is None else argv), f"--{VARIANT}", variant]
         asked = vars(parse_args(row))
-        row += ["--out", str(out)]
         if (out / "last.pt").exists():
             begun = load_checkpoint(out)["args"]
-            for name in ("dim", "head_lr"):  # which build_head fills in
-                asked[name] = asked[name] or begun[name]
             wrong = [f"--{k.replace('_', '-')} {v}" for k, v in begun.items()
-                     if k not in (*FREE, "out") and asked[k] != v]
+                     if k not in (*FREE, "out") and asked.get(k) != v]
             if wrong:
                 fail(f"{out} was begun with {', '.join(wrong)}; say so, or choose another --out")
-            row += ["--resume", str(out)]
+            row += ["--out", begun["out"] or str(out), "--resume", str(out)]
+        else:
+            row += ["--out", str(out)]
         try:
             table[variant] = main(row)
         except SystemExit as stop:  # one that diverges does not end the others
-            if stop.code != 2 or not (out / "last.pt").exists():
+            if stop.code != DIVERGED:
                 raise
             table[variant] = {}
     columns = ("knn", "linear", "online", "rank", "seconds")
@@ -1252,6 +1262,8 @@ def run_all(args, argv):
     for variant, metrics in table.items():
         cells = "".join(f"{metrics[name]:9.1f}" for name in columns) if metrics else "   failed"
         print(f"{variant:12s}{cells}")
+    if not all(table.values()):
+        raise SystemExit(DIVERGED)
     return table
 
 
@@ -1269,6 +1281,7 @@ def main(argv=None):
     if device.type == "cuda" and data.train_images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         data = Data(*(part.to(device) for part in data[:4]), data.classes)
     torch.manual_seed(derive_seed(args.seed, 0))
+    asked = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
     model = Model(args, size, len(data.classes)).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1276,6 +1289,7 @@ def main(argv=None):
              "data": [n, size, data.classes]}
     if checkpoint:
         restore(checkpoint, model, optimizer, scaler, state)
+    state["args"] = asked  # as they were before build_head filled in what was left to it
     run = Run(Path(args.resume) if checkpoint else make_run_folder(args),
               checkpoint and checkpoint["log_bytes"])
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head)]
@@ -1296,7 +1310,7 @@ def main(argv=None):
         state["untrained"] = {f"{k}_untrained": metrics[k] for k in ("knn", "linear", "rank")}
         run.log({"epoch": 0, "step": 0, **state["untrained"]})
         run.print(summary("untrained", metrics))
-        save_checkpoint(model, optimizer, scaler, args, run, state)
+        save_checkpoint(model, optimizer, scaler, run, state)
 
     signum = train(model, optimizer, scaler, data, args, dtype, run, state)
     if signum:
@@ -1316,5 +1330,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; a run folder that was begun goes on with --resume", file=sys.stderr)
+        print("\nstopped; a run folder that holds last.pt goes on with --resume", file=sys.stderr)
         sys.exit(130)

@@ -506,8 +506,16 @@ def linear_probe(train_x, train_y, test_x, test_y, steps=400):
 
 @torch.no_grad()
 def effective_rank(x):
-    """exp of the entropy of the normalised singular values of x (n, F): RankMe, 1 at collapse."""
-    p = torch.linalg.svdvals(x)
+    """exp of the entropy of the normalised singular values of x (n, F): RankMe, 1 at collapse.
+
+    They are the roots of the eigenvalues of X^T X or X X^T, the smaller, in float64 on the CPU.
+    """
+    x = x if len(x) >= x.shape[1] else x.T
+    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for part in x.split(1000):
+        part = part.to("cpu", torch.float64)
+        gram.addmm_(part.T, part)
+    p = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = p / p.sum().clamp(min=1e-12)
     return math.exp(-torch.special.xlogy(p, p).sum().item())
 
@@ -594,10 +602,13 @@ def set_learning_rate(optimizer, step, steps, warmup):
 
 
 # ==== 8. Runtime [shared] =========================================================================
-def fail(message):
-    """End the program with one line on what was wrong and exit code 2."""
+DIVERGED = 3  # exit code where the loss or a weight is not finite
+
+
+def fail(message, code=2):
+    """End the program with one line on what was wrong and an exit code."""
     print(f"{METHOD}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def choose_device(args):
@@ -680,10 +691,9 @@ def load_checkpoint(run):
     return checkpoint
 
 
-def save_checkpoint(model, optimizer, scaler, args, run, state):
+def save_checkpoint(model, optimizer, scaler, run, state):
     """Write last.pt, everything to go on with."""
-    arguments = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
-    save({"format": 1, "method": METHOD, "args": arguments, **state,
+    save({"format": 1, "method": METHOD, **state,
           "log_bytes": run.file.tell(), "backbone": model.backbone.state_dict(),
           "head": model.head.state_dict(), "probe": model.probe.state_dict(),
           "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
@@ -958,7 +968,7 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
                          "seconds": round(state["seconds"], 1)})
             stopped = caught[:1]  # taken once: a signal that comes now waits for the next step
             if final or due or stopped:
-                save_checkpoint(model, optimizer, scaler, args, run, state)
+                save_checkpoint(model, optimizer, scaler, run, state)
                 saved = time.time()
             if stopped:
                 return stopped[0]
@@ -970,7 +980,7 @@ def check_weights(model, state):
     tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
     if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
         fail(f"weights are not finite after step {state['step']}; the last checkpoint stays; "
-             "try a smaller --lr or --precision fp32")
+             "try a smaller --lr or --precision fp32", DIVERGED)
 
 
 def mean_history(history, names, epoch, epoch_steps):
@@ -980,7 +990,8 @@ def mean_history(history, names, epoch, epoch_steps):
     if len(bad):
         parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values[bad[0]]))
         fail(f"the loss is not finite in epoch {epoch + 1}, step {int(bad[0]) + 1} of {epoch_steps}"
-             f": {parts}; the last checkpoint stays; try a smaller --lr or --precision fp32")
+             f": {parts}; the last checkpoint stays; try a smaller --lr or --precision fp32",
+             DIVERGED)
     return values.mean(0).tolist()
 
 
@@ -1000,20 +1011,19 @@ def run_all(args, argv):
         out = folder / variant
         row = [*(sys.argv[1:] if argv is None else argv), f"--{VARIANT}", variant]
         asked = vars(parse_args(row))
-        row += ["--out", str(out)]
         if (out / "last.pt").exists():
             begun = load_checkpoint(out)["args"]
-            for name in ("dim", "head_lr"):  # which build_head fills in
-                asked[name] = asked[name] or begun[name]
             wrong = [f"--{k.replace('_', '-')} {v}" for k, v in begun.items()
-                     if k not in (*FREE, "out") and asked[k] != v]
+                     if k not in (*FREE, "out") and asked.get(k) != v]
             if wrong:
                 fail(f"{out} was begun with {', '.join(wrong)}; say so, or choose another --out")
-            row += ["--resume", str(out)]
+            row += ["--out", begun["out"] or str(out), "--resume", str(out)]
+        else:
+            row += ["--out", str(out)]
         try:
             table[variant] = main(row)
         except SystemExit as stop:  # one that diverges does not end the others
-            if stop.code != 2 or not (out / "last.pt").exists():
+            if stop.code != DIVERGED:
                 raise
             table[variant] = {}
     columns = ("knn", "linear", "online", "rank", "seconds")
@@ -1021,6 +1031,8 @@ def run_all(args, argv):
     for variant, metrics in table.items():
         cells = "".join(f"{metrics[name]:9.1f}" for name in columns) if metrics else "   failed"
         print(f"{variant:12s}{cells}")
+    if not all(table.values()):
+        raise SystemExit(DIVERGED)
     return table
 
 
@@ -1038,6 +1050,7 @@ def main(argv=None):
     if device.type == "cuda" and data.train_images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         data = Data(*(part.to(device) for part in data[:4]), data.classes)
     torch.manual_seed(derive_seed(args.seed, 0))
+    asked = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
     model = Model(args, size, len(data.classes)).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1045,6 +1058,7 @@ def main(argv=None):
              "data": [n, size, data.classes]}
     if checkpoint:
         restore(checkpoint, model, optimizer, scaler, state)
+    state["args"] = asked  # as they were before build_head filled in what was left to it
     run = Run(Path(args.resume) if checkpoint else make_run_folder(args),
               checkpoint and checkpoint["log_bytes"])
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head)]
@@ -1065,7 +1079,7 @@ def main(argv=None):
         state["untrained"] = {f"{k}_untrained": metrics[k] for k in ("knn", "linear", "rank")}
         run.log({"epoch": 0, "step": 0, **state["untrained"]})
         run.print(summary("untrained", metrics))
-        save_checkpoint(model, optimizer, scaler, args, run, state)
+        save_checkpoint(model, optimizer, scaler, run, state)
 
     signum = train(model, optimizer, scaler, data, args, dtype, run, state)
     if signum:
@@ -1085,5 +1099,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; a run folder that was begun goes on with --resume", file=sys.stderr)
+        print("\nstopped; a run folder that holds last.pt goes on with --resume", file=sys.stderr)
         sys.exit(130)

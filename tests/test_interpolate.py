@@ -422,3 +422,10 @@ def test_refuses(flags, message, capsys):
         interpolate.build_head(24, interpolate.parse_args([*flags]))
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and message in errors and errors.count("\n") == 1
+
+
+def test_tcr_without_a_determinant_is_nan():
+    """Rounding can make the matrix indefinite: NaN, which ends a run with a line, no traceback."""
+    z = torch.ones(64, 200) + 1e-9
+    loss = interpolate.tcr_loss(z * torch.linspace(1, 2, 64)[:, None], z, eps=1e-12)
+    assert loss.isnan()

@@ -211,13 +211,14 @@ def test_checkpoint_keeps_the_scaler(script, tmp_path):
     args = script.parse_args(["--data", "shapes", "--dim", "8"])
     model = script.Model(args, 32, 10)
     optimizer = script.build_optimizer(model, args)
-    state = {"step": 0, "seconds": 0.0, "history": [], "untrained": {}, "data": [1, 32, []]}
+    state = {"step": 0, "seconds": 0.0, "history": [], "untrained": {}, "data": [1, 32, []],
+             "args": {}}
     scales = []
     for enabled in (True, False):
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled)
         scaler.scale(torch.ones(1))
         run = script.Run(tmp_path)
-        script.save_checkpoint(model, optimizer, scaler, args, run, state)
+        script.save_checkpoint(model, optimizer, scaler, run, state)
         restored = torch.amp.GradScaler("cpu", init_scale=2.0)
         script.restore(script.load_checkpoint(tmp_path), model, optimizer, restored, dict(state))
         scales.append(restored.get_scale())
@@ -313,35 +314,50 @@ def test_all_variants_in_turn(image_folder, tmp_path, capsys, monkeypatch):
     def diverges(model, optimizer, scaler, data, args, dtype, run, state):
         trained.append((args.head, state["step"]))
         if args.head == "linear" and len(trained) < 5:
-            simclr.fail("the loss is not finite")
+            simclr.fail("the loss is not finite", simclr.DIVERGED)
         return train(model, optimizer, scaler, data, args, dtype, run, state)
 
     monkeypatch.setattr(simclr, "train", diverges)
-    first = simclr.main(flags)
+    with pytest.raises(SystemExit) as stop:
+        simclr.main(flags)
+    assert stop.value.code == simclr.DIVERGED  # not 0: a row is missing
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert table[0].split() == ["head", "knn", "linear", "online", "rank", "seconds"]
-    assert [row.split()[0] for row in table[1:]] == list(simclr.VARIANTS) == list(first)
-    assert table[2].split() == ["linear", "failed"] and first["linear"] == {}
+    assert [row.split()[0] for row in table[1:]] == list(simclr.VARIANTS)
+    assert table[2].split() == ["linear", "failed"]
+    first = {head: records(folder / head)[-1] for head in ("mlp", "none", "expander")}
     assert table[1].split()[1] == f"{first['mlp']['knn']:.1f}"
     assert {p.name for p in folder.iterdir()} == set(simclr.VARIANTS)
     again = simclr.main(flags)
     assert trained[4:] == [("mlp", 4), ("linear", 0), ("none", 4), ("expander", 4)]
     assert again["linear"]["step"] == 4
     for head in ("mlp", "none", "expander"):
-        assert again[head] == first[head]
-        assert records(folder / head)[-1]["knn"] == first[head]["knn"]
+        assert {"final": True, **again[head]} == first[head] == records(folder / head)[-1]
     line = refused(capsys, simclr, *flags, "--lr", "0.3")
     assert f"{folder / 'mlp'} was begun with --lr 0.02" in line
     del flags[flags.index("--lr") : flags.index("--lr") + 2]  # a flag left out is noticed too
     assert "was begun with --lr 0.02" in refused(capsys, simclr, *flags)
 
 
-def test_all_ends_at_bad_input(image_folder, tmp_path, capsys):
-    """What no variant can begin with is said once."""
-    import simclr
+def test_all_ends_at_bad_input(image_folder, tmp_path, capsys, monkeypatch):
+    """What no variant can go on with is said once, where there is nothing yet and where there is;
+    a flag that build_head fills in is compared too; the folder may be named another way."""
+    import vicreg
 
-    flags = ("--data", image_folder, *TINY, "--batch-size", "500", "--head", "all")
-    assert "more than the 80" in refused(capsys, simclr, *flags, "--out", tmp_path / "all")
+    flags = ["--data", str(image_folder), *TINY, "--epochs", "1", "--head", "all"]
+    out = ["--out", str(tmp_path / "all")]
+    large = refused(capsys, vicreg, *flags, "--batch-size", "500", *out)
+    assert "more than the 80" in large
+    vicreg.main([*flags, "--head-lr", "0.5", *out])
+    flags += ["--head-lr", "0.5"]
+    assert "cannot be used" in refused(capsys, vicreg, *flags, *out, "--device", "moon")
+    assert "no such folder" in refused(capsys, vicreg, *flags, *out, "--data", "/nowhere")
+    assert "was begun with --head-lr 0.5" in refused(capsys, vicreg, *flags[:-2], *out)
+    monkeypatch.chdir(tmp_path)
+    again = vicreg.main([*flags, "--out", "all"])
+    assert [again[head] for head in again] == [
+        {k: v for k, v in records(tmp_path / "all" / head)[-1].items() if k != "final"}
+        for head in vicreg.VARIANTS]
 
 
 @pytest.mark.parametrize("script", ["directclr", "interpolate"])
@@ -396,11 +412,11 @@ def test_resume_may_change_what_does_not_matter(finished, tmp_path):
 # ---- bad input ----------------------------------------------------------------------------------
 
 
-def refused(capsys, script, *flags):
-    """The one line that a script prints on standard error when it exits with code 2."""
+def refused(capsys, script, *flags, code=2):
+    """The one line that a script prints on standard error when it exits with this code."""
     with pytest.raises(SystemExit) as stop:
         script.main([str(flag) for flag in flags])
-    assert stop.value.code == 2
+    assert stop.value.code == code
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith(f"{script.METHOD}.py: error: ")
     return captured.err
@@ -601,7 +617,8 @@ def test_loss_that_is_not_finite(script, image_folder, capsys, monkeypatch, tmp_
         return (loss * torch.nan if len(calls) == 7 else loss), {**parts, "part": loss.detach()}
 
     monkeypatch.setattr(script, "loss_fn", breaks)
-    line = refused(capsys, script, "--data", image_folder, *TINY, "--out", run, "--save-every", "0")
+    line = refused(capsys, script, "--data", image_folder, *TINY, "--out", run, "--save-every", "0",
+                   code=script.DIVERGED)
     assert "not finite in epoch 2, step 3 of 4: loss nan" in line and "part" in line
     assert load(run)["step"] == 6
 
@@ -617,12 +634,13 @@ def test_weights_that_are_not_finite(script, image_folder, capsys, monkeypatch, 
         return parts
 
     monkeypatch.setattr(script, "train_step", poisons)
-    line = refused(capsys, script, "--data", image_folder, *TINY, "--out", run, "--save-every", "0")
+    line = refused(capsys, script, "--data", image_folder, *TINY, "--out", run, "--save-every", "0",
+                   code=script.DIVERGED)
     assert "weights are not finite after step 3" in line
     assert load(run)["step"] == 2
     calls[:] = [1]  # and before an evaluation, which could not make sense of them
     flags = ("--data", image_folder, *TINY, "--batch-size", "40", "--eval-every", "1")
-    line = refused(capsys, script, *flags, "--out", tmp_path / "other")
+    line = refused(capsys, script, *flags, "--out", tmp_path / "other", code=script.DIVERGED)
     assert "weights are not finite after step 2" in line and load(tmp_path / "other")["step"] == 0
 
 
