@@ -4,14 +4,15 @@ python tests/family.py --fix simclr.py    copy simclr.py's [shared] sections int
 """
 
 import argparse
+import ast
 import difflib
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = ("simclr.py", "vicreg.py", "directclr.py", "interpolate.py")
-SCRIPTS = (*TRAINING,)
-BANNER = re.compile(r"# ==== (\d+)\. (.+) \[(shared|method)\] =+\n")
+SCRIPTS = (*TRAINING, "analyze.py")
+BANNER = re.compile(r"# ==== (\d+)\. (.+) \[(shared|method|own)\] =+\n")
 
 
 def sections(text):
@@ -53,6 +54,13 @@ def drift(texts):
     return found
 
 
+def definitions(text):
+    """The functions and classes at a script's top level, {name: source}."""
+    lines = text.splitlines()
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
 def changed_lines(a, b):
     """Number of lines that a unified diff of two texts adds or takes away."""
     lines = difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="")
@@ -62,12 +70,13 @@ def changed_lines(a, b):
 def fix(source, target):
     """Return target with every [shared] section replaced by source's of the same number."""
     shared = {part[0]: part for part in sections(source) if part[2] == "shared"}
-    return "".join(shared.get(part[0], part)[3] for part in sections(target))
+    return "".join((shared[part[0]] if part[2] == "shared" else part)[3]
+                   for part in sections(target))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--fix", metavar="SCRIPT", required=True, choices=SCRIPTS)
+    parser.add_argument("--fix", metavar="SCRIPT", required=True, choices=TRAINING)
     source = parser.parse_args().fix
     for name in SCRIPTS:
         text = (ROOT / name).read_text()

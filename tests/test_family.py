@@ -5,7 +5,7 @@ import ast
 import sys
 
 import pytest
-from family import ROOT, SCRIPTS, TRAINING, changed_lines, drift, fix, sections
+from family import ROOT, SCRIPTS, TRAINING, changed_lines, definitions, drift, fix, sections
 
 TEXTS = {name: (ROOT / name).read_text() for name in TRAINING}
 METHOD_FLAGS = {  # the flags in which each script differs from the others, the whole list
@@ -39,6 +39,24 @@ def test_sections_cover_the_file(name):
 def test_shared_sections_are_identical():
     found = drift(TEXTS)
     assert not found, "\n".join(found) + "\nrepair: python tests/family.py --fix SCRIPT"
+
+
+def test_analyze_carries_what_it_needs_unchanged():
+    """The sections from the data to the evaluation are shared; the heads are every script's."""
+    mine, texts = (ROOT / "analyze.py").read_text(), TEXTS
+    parts, shared = sections(mine), [p for p in sections(texts["simclr.py"]) if p[2] == "shared"]
+    assert "".join(part[3] for part in parts) == mine
+    assert [p for p in parts if p[2] == "shared"] == [p for p in shared if 3 <= p[0] <= 6]
+    assert [p[0] for p in parts if p[2] == "own"] == [1, 2, 7, 8, 9, 10]
+    mine, simclr, directclr = (definitions(text) for text in (
+        mine, texts["simclr.py"], texts["directclr.py"]))
+    for name in ("Slice", "Diagonal", "LowRank"):
+        assert mine[name] == directclr[name]
+    for name, theirs in (("directclr_head", directclr), ("projector", simclr)):
+        assert mine[name] == theirs["build_head"].replace("build_head", name, 1)
+    for name in ("vicreg.py", "interpolate.py"):
+        head = definitions(texts[name])["build_head"].replace("    check_flags(args)\n", "")
+        assert head == simclr["build_head"]
 
 
 @pytest.mark.parametrize("pair", BUDGET, ids="-".join)
