@@ -30,10 +30,13 @@ Sums are in float64 and in blocks: no matrix is larger than the smaller of n and
 # ==== 1. Imports [own] ============================================================================
 import argparse
 import collections
-import concurrent.futures
+import copy
 import csv
+import itertools
 import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -42,7 +45,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, resized_crop
 
 
 # ==== 2. Heads [own] ==============================================================================
@@ -157,12 +160,14 @@ def build_head(num_features, args):
 
 
 # ==== 3. Data [shared] ============================================================================
-# Images are uint8 (n, 3, S, S), labels int64 (n,), -1 where there is none (STL-10's unlabelled).
+# Images are uint8 (n, 3, S, S), in memory or a Folder of that shape; labels int64 (n,), -1 where
+# there is none (STL-10's unlabelled).
 Data = collections.namedtuple("Data", "train_images train_labels test_images test_labels classes")
+DOWNLOADS = ("cifar10", "cifar100", "stl10")
 
 
 def load_data(args):
-    """Return Data on the CPU, all images in memory: what --data names, as args describe it.
+    """Return Data on the CPU: what --data names, as args describe it.
 
     With --holdout n the last n of a fixed shuffle of the labelled training images take the place
     of the test set, so that choices can be made without looking at it.
@@ -170,10 +175,10 @@ def load_data(args):
     try:
         if args.data == "shapes":
             data = Data(*draw_shapes(5000, seed=1), *draw_shapes(1000, seed=2), list(SHAPES))
-        elif args.data in ("cifar10", "cifar100", "stl10"):
+        elif args.data in DOWNLOADS:
             data = load_torchvision(args.data, args.data_dir)
         else:
-            data = load_folder(Path(args.data), args.image_size, args.workers)
+            data = load_folder(Path(args.data), args)
     except OSError as error:
         fail(f"cannot read --data {args.data}: {error}")
     if args.holdout:
@@ -208,8 +213,12 @@ def load_torchvision(name, root):
     return Data(images(train), labels(train), images(test), labels(test), train.classes)
 
 
-def load_folder(root, size, workers):
-    """ROOT/train/CLASS/* and ROOT/val|test/CLASS/* as Data; images scaled and centre-cropped."""
+def load_folder(root, args):
+    """ROOT/train/CLASS/* and ROOT/val|test/CLASS/* as Data.
+
+    In memory images are whole central squares of --image-size. With --stream they stay Folders:
+    training crops are then taken from the images as they are, other squares from 7/8 of them.
+    """
     split = next((s for s in ("val", "test") if (root / s).is_dir()), None)
     if not root.is_dir():
         fail(f"--data {root}: no such folder; give a folder, cifar10, cifar100, stl10 or shapes")
@@ -220,34 +229,120 @@ def load_folder(root, size, workers):
     unknown = sorted(set(test.classes) - set(train.classes))
     if unknown:
         fail(f"--data {root}: {split}/ has classes that train/ lacks: {', '.join(unknown[:5])}")
-    size = size or min(224, *decode_image(train.samples[0][0]).shape[1:])
+    size = args.image_size or min(224, *decode_image(train.samples[0][0]).shape[1:])
+    large = (len(train) + len(test)) * 3 * size**2 > 4 * 2**30
+    stream = large if args.stream is None else args.stream
+    found = []
+    for part in (train, test):
+        labels = torch.tensor([train.class_to_idx[part.classes[i]] for i in part.targets])
+        images = Folder([path for path, _ in part.samples], size, 7 / 8 if stream else 1.0, args)
+        if not stream:
+            print(f"reading {len(images):,} images of {part.root}", flush=True)
+            folder, where = images, torch.arange(len(images))
+            images = torch.empty(folder.shape, dtype=torch.uint8)
+            batches = ((index, None) for index in where.clone().split(100))
+            for i, (batch, index) in enumerate(fetch(folder, batches, torch.device("cpu"))):
+                images[100 * i :][:100], where[100 * i :][:100] = batch, index
+            labels = labels[where]
+        found += [images, labels]
+    return Data(*found, train.classes)
 
-    def load(sample):
-        image = decode_image(sample[0])
-        if image.shape[1:] != (size, size):
-            image = center_crop(resize(image, size, antialias=True), size)
-        return image
 
-    def images(part):
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            print(f"reading {len(part.samples):,} images of {part.root}", flush=True)
-            out = torch.empty(len(part.samples), 3, size, size, dtype=torch.uint8)
-            for i, image in enumerate(pool.map(load, part.samples)):
-                out[i] = image
-        return out
+class Folder(torch.utils.data.Dataset):
+    """Images of a folder, read by fetch(): a uint8 tensor (n, 3, S, S) that is not there.
 
-    def labels(part):
-        return torch.tensor([train.class_to_idx[part.classes[i]] for i in part.targets])
+    An item is (index, crops): crops, (2, 22) uniform draws, give two random crops (2, 3, S, S),
+    None the central square (3, S, S), `part` of the shorter side. The next readable image takes the
+    place of an unreadable one; with an item come its index, -1 if there is none, and the errors.
+    Other subscripts, slices and masks, give the Folder of these.
+    """
 
-    return Data(images(train), labels(train), images(test), labels(test), train.classes)
+    def __init__(self, paths, size, part, args):
+        self.paths = np.array([os.fsencode(p) for p in paths])  # one block, which workers share
+        self.size, self.part, self.crop, self.device = size, part, args.crop, torch.device("cpu")
+        self.limit, self.workers, self.unreadable = args.max_unreadable, args.workers, set()
+
+    nbytes = math.inf
+    shape = property(lambda self: (len(self.paths), 3, self.size, self.size))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        if not isinstance(item, tuple):
+            part = copy.copy(self)
+            part.paths = self.paths[item]
+            return part
+        (index, crops), errors, size = item, [], [self.size, self.size]
+        for i in (j % len(self) for j in range(index, index + self.limit + 1)):
+            try:
+                x = decode_image(os.fsdecode(self.paths[i]))
+            except OSError as error:
+                errors.append(" ".join(str(error).split()))
+                continue
+            if crops is None:
+                side = max(1, round(self.part * min(x.shape[1:])))
+                views = resize(center_crop(x, [side, side]), size, antialias=True)
+            else:
+                boxes = draw_crops(*torch.tensor(crops).split([20, 2], 1), *x.shape[1:], *self.crop)
+                views = torch.stack([resized_crop(x, *box, size, antialias=True)
+                                     for box in torch.stack(boxes, dim=1).int().tolist()])
+            return views, i, "\n".join(errors)
+        pair = () if crops is None else (2,)
+        return torch.zeros(*pair, 3, *size, dtype=torch.uint8), -1, "\n".join(errors)
+
+
+def ignore_signals(worker):
+    """For a DataLoader's workers: the training process stops, and then stops them."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def fetch(images, batches, device):
+    """Yield images, uint8 on the device, and their index (n,), for (index (n,), crops) in batches.
+
+    crops (n, 2, 22) or None: random crops are drawn from a Folder alone, (n, 2, 3, S, S). Its
+    workers read ahead; an index changes where an image is unreadable. Ends the program where those
+    are more than --max-unreadable.
+    """
+    if isinstance(images, torch.Tensor):
+        for index, _ in batches:
+            yield images[index].to(device, non_blocking=True), index
+        return
+    items = ([*zip(index.tolist(), itertools.repeat(None) if crops is None else crops.tolist())]
+             for index, crops in batches)
+    loader = torch.utils.data.DataLoader(
+        images, batch_sampler=items, num_workers=images.workers, worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda")
+    for batch, index, errors in loader:
+        for error in sorted(set("\n".join(errors).split("\n")) - images.unreadable - {""}):
+            images.unreadable.add(error)
+            count = f"{len(images.unreadable)} of at most {images.limit}, --max-unreadable"
+            if len(images.unreadable) > images.limit or index.min() < 0:
+                fail(f"{error} ({count})")
+            print(f"skipped: {error} ({count})", file=sys.stderr)
+        yield batch.to(device, non_blocking=True), index
 
 
 def decode_image(path):
-    """Read one image file as uint8 RGB (3, H, W); OSError that names it where it cannot be read."""
+    """Read an image file as uint8 RGB (3, H, W), turned as its EXIF says; OSError that names it.
+
+    Transparency is dropped; of 16-bit gray the high byte counts; deeper pixels are refused.
+    """
     try:
-        return pil_to_tensor(torchvision.datasets.folder.default_loader(path))
+        with torchvision.datasets.folder.Image.open(path) as image:  # Pillow, torchvision's own
+            if image.mode[0] in "IF":  # Pillow's RGB would cut them off at 255
+                x = pil_to_tensor(image.convert("I"))
+                if image.mode == "F" or x.min() < 0 or x.max() > 65535:
+                    raise ValueError("its pixels have more than 16 bits")
+                x = (x >> 8).to(torch.uint8).expand(3, -1, -1)
+            else:
+                x = pil_to_tensor(image.convert("RGB"))
+            turn = image.getexif().get(0x0112, 1)
     except Exception as error:  # a damaged file can raise nearly anything
         raise OSError(f"the image {path} is unreadable: {error}") from error
+    x = x.mT if turn in (5, 6, 7, 8) else x
+    return x.flip([d for d, turns in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if turn in turns])
 
 
 def box(u, v, a, b):
@@ -305,7 +400,7 @@ def draw_shapes(n, seed, size=32):
 DRAWS = 36  # uniform random numbers that one view of one image takes
 
 
-def augment(images, draws, view, args):
+def augment(images, draws, view, args, cropped=False):
     """One view of every image: uint8 (N, 3, S, S) -> float32 (N, 3, S, S) in [0, 1].
 
     draws (N, DRAWS) holds uniform random numbers in [0, 1), the only source of chance; view (0 or
@@ -316,8 +411,11 @@ def augment(images, draws, view, args):
         draws.split([20, 2, 1, 1, 4, 4, 1, 1, 1, 1], dim=1)
     )
     x = images.float() / 255
-    box = draw_crops(tries, corner, images.shape[-1], *args.crop)
-    x = crop_resize_flip(x, *box, flip[:, 0] < args.flip)
+    if cropped:  # by a Folder
+        x = where(flip[:, 0] < args.flip, x.flip(3), x)
+    else:
+        box = draw_crops(tries, corner, *x.shape[2:], *args.crop)
+        x = crop_resize_flip(x, *box, flip[:, 0] < args.flip)
     if args.jitter_prob:
         factors = draw_jitter(strength, args.jitter)
         x = where(jittered[:, 0] < args.jitter_prob, color_jitter(x, factors, order.argsort(1)), x)
@@ -335,21 +433,23 @@ def where(chosen, yes, no):
     return torch.where(chosen[:, None, None, None], yes, no)
 
 
-def draw_crops(tries, corner, size, low, high):
-    """RandomResizedCrop's boxes in square images: top, left, height, width, each (N,) whole.
+def draw_crops(tries, corner, height, width, low, high):
+    """RandomResizedCrop's boxes in images of one size: top, left, height, width, each (N,) whole.
 
     Of ten tries (N, 20) with area in [low, high] of the image and log-uniform aspect ratio in
-    [3/4, 4/3] the first that fits is taken, the whole image where none does.
+    [3/4, 4/3] the first that fits is taken, where none does the largest central box of such ratio.
     """
     area, ratio = tries.chunk(2, dim=1)
-    area = size**2 * (low + (high - low) * area)
+    area = height * width * (low + (high - low) * area)
     ratio = torch.exp(math.log(4 / 3) * (2 * ratio - 1))
-    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (height.clamp(1, size) == height) & (width.clamp(1, size) == width)
-    first = fits.float().argmax(1, keepdim=True)
-    height, width = (torch.where(fits, s, size).gather(1, first)[:, 0] for s in (height, width))
-    top, left = (corner[:, 0] * (size - height + 1)), (corner[:, 1] * (size - width + 1))
-    return top.floor(), left.floor(), height, width
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h.clamp(1, height) == h) & (w.clamp(1, width) == w)
+    first, some = fits.float().argmax(1, keepdim=True), fits.any(1)
+    largest = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    h, w = (torch.where(fits, s, most).gather(1, first)[:, 0] for s, most in zip((h, w), largest))
+    top = torch.where(some, corner[:, 0] * (height - h + 1), (height - h) / 2)
+    left = torch.where(some, corner[:, 1] * (width - w + 1), (width - w) / 2)
+    return top.floor(), left.floor(), h, w
 
 
 def crop_resize_flip(x, top, left, height, width, flip):
@@ -562,28 +662,6 @@ def effective_rank(x):
     return math.exp(-torch.special.xlogy(p, p).sum().item())
 
 
-def evaluate(model, data, device, linear):
-    """Measure the frozen representation on the test images; a dict of accuracies in percent.
-
-    knn; online, the probe trained along; rank, the effective rank; linear, if asked. Parameters and
-    buffers stay as they are.
-    """
-    known = torch.where(data.train_labels >= 0)[0]
-    train_y, test_y = data.train_labels[known].to(device), data.test_labels.to(device)
-    batches = (data.train_images[index] for index in known.split(500))
-    train_x = extract_features(model.backbone, batches, device)
-    test_x = extract_features(model.backbone, data.test_images.split(500), device)
-    metrics = {"knn": knn_accuracy(train_x, train_y, test_x, test_y)}
-    model.probe.eval()
-    with torch.no_grad():
-        metrics["online"] = 100 * (model.probe(test_x).argmax(1) == test_y).float().mean().item()
-    model.probe.train()
-    metrics["rank"] = effective_rank(test_x)
-    if linear:
-        metrics["linear"] = linear_probe(train_x, train_y, test_x, test_y)
-    return {name: round(value, 2) for name, value in metrics.items()}
-
-
 # ==== 7. Measures [own] ===========================================================================
 # Of embeddings z (n, D), one row an image, or of representations. Float32 in, float64 inside.
 def row_norms(z):
@@ -737,9 +815,9 @@ def load_run(name, folder, options, cache):
         weights = {part: checkpoint[part] for part in ("backbone", "head", "probe")}
     except Exception as error:  # a damaged or hostile file can raise nearly anything
         fail(f"{folder}: last.pt is damaged or no checkpoint of ours ({type(error).__name__})")
-    if version != 1 or script not in HEADS or args.head not in HEADS[script]:
+    if version != 2 or script not in HEADS or args.head not in HEADS[script]:
         fail(f"{folder}: a run of {script}.py, format {version}, head {args.head}; this version "
-             f"knows format 1 and the heads of {', '.join(HEADS)}")
+             f"knows format 2 and the heads of {', '.join(HEADS)}")
     for key in ("data", "data_dir"):
         if getattr(options, key):
             setattr(args, key, getattr(options, key))
@@ -775,38 +853,58 @@ def read_final(folder):
 @torch.no_grad()
 def embed(run, images, device):
     """h (n, F) and z (n, D), float32 on the CPU, of images (n, 3, S, S), uint8 or float."""
-    out = None
-    for i in range(0, len(images), 500):
-        x = images[i : i + 500].to(device)
+    out, done = None, 0
+    for x, _ in fetch(images, whole_batches(len(images)), device):
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         h = run.model.backbone(x.contiguous(memory_format=torch.channels_last))
         pair = h, run.model.head(h)
         if out is None:  # whole at once: joining the parts would take their memory twice
             out = [torch.empty(len(images), part.shape[1]) for part in pair]
         for whole, part in zip(out, pair):
-            whole[i : i + 500] = part
+            whole[done : done + len(x)] = part
+        done += len(x)
     return out
+
+
+def spread(n, k):
+    """At most k of n indices, evenly spread: a folder's images are sorted by class."""
+    return torch.linspace(0, n - 1, min(k or n, n)).long()
+
+
+def whole_batches(n):
+    """For fetch(): all of n images in batches, not cropped."""
+    return ((index, None) for index in torch.arange(n).split(500))
+
+
+def take(images, index):
+    """The images (k, 3, S, S), uint8 on the CPU, that index, a list, names."""
+    return next(fetch(images, [(torch.tensor(index), None)], torch.device("cpu")))[0]
 
 
 def views(run, images, device):
     """The two views (2, n, 3, S, S) that training draws of images, by seed 0."""
     draws = torch.rand(2, len(images), DRAWS, generator=torch.Generator().manual_seed(0))
-    return [augment(images.to(device), draws[i].to(device), i, run.args) for i in (0, 1)]
+    crops = draws[:, :, :22].transpose(0, 1)  # for a Folder, which crops by itself
+    x, _ = next(fetch(images, [(torch.arange(len(images)), crops)], device))
+    cropped = x.ndim == 5
+    return [augment(x[:, i] if cropped else x, draws[i].to(device), i, run.args, cropped)
+            for i in (0, 1)]
 
 
 def examine(run, wanted, options):
     """Measure one run as the commands in wanted ask; a dict of numbers and lists for JSON."""
-    images = run.data.test_images[: options.limit]
+    index = spread(len(run.data.test_images), options.limit)
+    images, labels = run.data.test_images[index], run.data.test_labels[index]
     final = {name: run.final.get(name) for name in ("knn", "linear", "online", "rank", "seconds")}
     result = {"script": run.args.script, "method": getattr(run.args, "method", run.args.script),
               "head": run.args.head, "data": run.args.data, "images": len(images), "final": final}
     spaces = dict(zip(("representation", "embedding"), embed(run, images, options.device)))
     if "nearest" in wanted:
-        result["nearest"] = nearest(spaces["representation"], run.data.test_labels[: len(images)],
-                                    options.queries, options.neighbours)
+        result["nearest"] = nearest(spaces["representation"], labels, options.queries,
+                                    options.neighbours)
     pairs = []
     if wanted & {"duality", "compare"}:
-        few = images[:1000]
+        few = images[spread(len(images), 1000)]
         pairs = zip(*[embed(run, view, options.device) for view in views(run, few, options.device)])
     for (space, z), pair in zip(spaces.items(), [*pairs] or [None, None]):
         if not z.isfinite().all():
@@ -827,9 +925,9 @@ def examine(run, wanted, options):
 def nearest(h, labels, queries, k):
     """The k nearest of h (n, F) by cosine, itself left out, of `queries` images; a dict of lists.
 
-    The queries are spread evenly over the n images. same: percent of neighbours of their class.
+    The queries are spread over the n images. same: percent of neighbours of their class.
     """
-    index = torch.linspace(0, len(h) - 1, min(queries, len(h))).long()
+    index = spread(len(h), queries)
     h = F.normalize(h, dim=1)
     similarity = h[index] @ h.T
     similarity[torch.arange(len(index)), index] = -torch.inf
@@ -839,13 +937,17 @@ def nearest(h, labels, queries, k):
             "same": 100 * hits.float().mean().item()}
 
 
-def picture(run, found, device):
-    """Images (queries, 3 + k, 3, S, S) in [0, 1]: each query, its two views, its neighbours."""
-    images = run.data.test_images
-    queries = images[found["queries"]]
-    pair = [view.cpu() for view in views(run, queries, device)]
-    rest = images[torch.tensor(found["neighbours"])].float() / 255
-    return torch.cat([queries[:, None].float() / 255, torch.stack(pair, dim=1), rest], dim=1)
+def picture(run, found, n, device):
+    """Images (queries, 3 + k, 3, S, S) in [0, 1]: each query, its two views, its neighbours.
+
+    found is nearest()'s of n of the test images, or of all.
+    """
+    images, near = run.data.test_images, found["neighbours"]
+    images = images[spread(len(images), n)]
+    pair = [view.cpu() for view in views(run, images[found["queries"]], device)]
+    shown = [take(images, found["queries"])[:, None], take(images, sum(near, []))]
+    queries, rest = (x.float() / 255 for x in shown)
+    return torch.cat([queries, torch.stack(pair, dim=1), rest.unflatten(0, (len(near), -1))], dim=1)
 
 
 # ==== 9. Toy experiments [own] ====================================================================
@@ -1343,7 +1445,7 @@ def parse_args(argv=None):
             add("--data", help="where the runs' data are now; default: where they were")
             add("--data-dir", help="the same for downloaded data sets")
             add("--device", default="cpu", help="for the networks; sums are on the CPU")
-            add("--limit", type=whole, help="only the first so many test images")
+            add("--limit", type=whole, help="so many test images, evenly spread")
             add("--center", action="store_true", help="subtract the mean over the images first")
             add("--raw", action="store_true", help="spectra of h and z as they are, not of norm 1")
             add("--threshold", type=float, default=1e-6,
@@ -1366,6 +1468,7 @@ def main(argv=None):
         return report_toy(options)
     wanted = set(COMMANDS[1:5]) if options.command == "all" else {options.command}
     try:
+        options.device = torch.device(options.device)
         torch.zeros(1, device=options.device).cpu()
     except Exception as error:  # each backend has exceptions of its own
         fail(f"--device {options.device}: cannot be used ({str(error).splitlines()[0]})")
@@ -1375,7 +1478,8 @@ def main(argv=None):
         run = load_run(name, folder, options, cache)
         results[name] = examine(run, wanted, options)
         if "nearest" in wanted:
-            pictures[name] = picture(run, results[name]["nearest"], options.device)
+            pictures[name] = picture(
+                run, results[name]["nearest"], options.limit, options.device)
     for name in COMMANDS[1:5]:
         if name in wanted:
             print(f"\n{name}, {next(iter(results.values()))['images']:,} test images")

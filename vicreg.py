@@ -28,8 +28,8 @@ instead of LARS, grayscale .1 instead of .2, no blur, no solarisation, all of it
 # ==== 1. Imports [shared] =========================================================================
 import argparse
 import collections
-import concurrent.futures
 import contextlib
+import copy
 import datetime
 import itertools
 import json
@@ -45,10 +45,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, resized_crop
 
 
 # ==== 2. Method [method] ==========================================================================
@@ -136,12 +137,14 @@ def loss_fn(z1, z2, args):
 
 
 # ==== 3. Data [shared] ============================================================================
-# Images are uint8 (n, 3, S, S), labels int64 (n,), -1 where there is none (STL-10's unlabelled).
+# Images are uint8 (n, 3, S, S), in memory or a Folder of that shape; labels int64 (n,), -1 where
+# there is none (STL-10's unlabelled).
 Data = collections.namedtuple("Data", "train_images train_labels test_images test_labels classes")
+DOWNLOADS = ("cifar10", "cifar100", "stl10")
 
 
 def load_data(args):
-    """Return Data on the CPU, all images in memory: what --data names, as args describe it.
+    """Return Data on the CPU: what --data names, as args describe it.
 
     With --holdout n the last n of a fixed shuffle of the labelled training images take the place
     of the test set, so that choices can be made without looking at it.
@@ -149,10 +152,10 @@ def load_data(args):
     try:
         if args.data == "shapes":
             data = Data(*draw_shapes(5000, seed=1), *draw_shapes(1000, seed=2), list(SHAPES))
-        elif args.data in ("cifar10", "cifar100", "stl10"):
+        elif args.data in DOWNLOADS:
             data = load_torchvision(args.data, args.data_dir)
         else:
-            data = load_folder(Path(args.data), args.image_size, args.workers)
+            data = load_folder(Path(args.data), args)
     except OSError as error:
         fail(f"cannot read --data {args.data}: {error}")
     if args.holdout:
@@ -187,8 +190,12 @@ def load_torchvision(name, root):
     return Data(images(train), labels(train), images(test), labels(test), train.classes)
 
 
-def load_folder(root, size, workers):
-    """ROOT/train/CLASS/* and ROOT/val|test/CLASS/* as Data; images scaled and centre-cropped."""
+def load_folder(root, args):
+    """ROOT/train/CLASS/* and ROOT/val|test/CLASS/* as Data.
+
+    In memory images are whole central squares of --image-size. With --stream they stay Folders:
+    training crops are then taken from the images as they are, other squares from 7/8 of them.
+    """
     split = next((s for s in ("val", "test") if (root / s).is_dir()), None)
     if not root.is_dir():
         fail(f"--data {root}: no such folder; give a folder, cifar10, cifar100, stl10 or shapes")
@@ -199,34 +206,120 @@ def load_folder(root, size, workers):
     unknown = sorted(set(test.classes) - set(train.classes))
     if unknown:
         fail(f"--data {root}: {split}/ has classes that train/ lacks: {', '.join(unknown[:5])}")
-    size = size or min(224, *decode_image(train.samples[0][0]).shape[1:])
+    size = args.image_size or min(224, *decode_image(train.samples[0][0]).shape[1:])
+    large = (len(train) + len(test)) * 3 * size**2 > 4 * 2**30
+    stream = large if args.stream is None else args.stream
+    found = []
+    for part in (train, test):
+        labels = torch.tensor([train.class_to_idx[part.classes[i]] for i in part.targets])
+        images = Folder([path for path, _ in part.samples], size, 7 / 8 if stream else 1.0, args)
+        if not stream:
+            print(f"reading {len(images):,} images of {part.root}", flush=True)
+            folder, where = images, torch.arange(len(images))
+            images = torch.empty(folder.shape, dtype=torch.uint8)
+            batches = ((index, None) for index in where.clone().split(100))
+            for i, (batch, index) in enumerate(fetch(folder, batches, torch.device("cpu"))):
+                images[100 * i :][:100], where[100 * i :][:100] = batch, index
+            labels = labels[where]
+        found += [images, labels]
+    return Data(*found, train.classes)
 
-    def load(sample):
-        image = decode_image(sample[0])
-        if image.shape[1:] != (size, size):
-            image = center_crop(resize(image, size, antialias=True), size)
-        return image
 
-    def images(part):
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            print(f"reading {len(part.samples):,} images of {part.root}", flush=True)
-            out = torch.empty(len(part.samples), 3, size, size, dtype=torch.uint8)
-            for i, image in enumerate(pool.map(load, part.samples)):
-                out[i] = image
-        return out
+class Folder(torch.utils.data.Dataset):
+    """Images of a folder, read by fetch(): a uint8 tensor (n, 3, S, S) that is not there.
 
-    def labels(part):
-        return torch.tensor([train.class_to_idx[part.classes[i]] for i in part.targets])
+    An item is (index, crops): crops, (2, 22) uniform draws, give two random crops (2, 3, S, S),
+    None the central square (3, S, S), `part` of the shorter side. The next readable image takes the
+    place of an unreadable one; with an item come its index, -1 if there is none, and the errors.
+    Other subscripts, slices and masks, give the Folder of these.
+    """
 
-    return Data(images(train), labels(train), images(test), labels(test), train.classes)
+    def __init__(self, paths, size, part, args):
+        self.paths = np.array([os.fsencode(p) for p in paths])  # one block, which workers share
+        self.size, self.part, self.crop, self.device = size, part, args.crop, torch.device("cpu")
+        self.limit, self.workers, self.unreadable = args.max_unreadable, args.workers, set()
+
+    nbytes = math.inf
+    shape = property(lambda self: (len(self.paths), 3, self.size, self.size))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        if not isinstance(item, tuple):
+            part = copy.copy(self)
+            part.paths = self.paths[item]
+            return part
+        (index, crops), errors, size = item, [], [self.size, self.size]
+        for i in (j % len(self) for j in range(index, index + self.limit + 1)):
+            try:
+                x = decode_image(os.fsdecode(self.paths[i]))
+            except OSError as error:
+                errors.append(" ".join(str(error).split()))
+                continue
+            if crops is None:
+                side = max(1, round(self.part * min(x.shape[1:])))
+                views = resize(center_crop(x, [side, side]), size, antialias=True)
+            else:
+                boxes = draw_crops(*torch.tensor(crops).split([20, 2], 1), *x.shape[1:], *self.crop)
+                views = torch.stack([resized_crop(x, *box, size, antialias=True)
+                                     for box in torch.stack(boxes, dim=1).int().tolist()])
+            return views, i, "\n".join(errors)
+        pair = () if crops is None else (2,)
+        return torch.zeros(*pair, 3, *size, dtype=torch.uint8), -1, "\n".join(errors)
+
+
+def ignore_signals(worker):
+    """For a DataLoader's workers: the training process stops, and then stops them."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def fetch(images, batches, device):
+    """Yield images, uint8 on the device, and their index (n,), for (index (n,), crops) in batches.
+
+    crops (n, 2, 22) or None: random crops are drawn from a Folder alone, (n, 2, 3, S, S). Its
+    workers read ahead; an index changes where an image is unreadable. Ends the program where those
+    are more than --max-unreadable.
+    """
+    if isinstance(images, torch.Tensor):
+        for index, _ in batches:
+            yield images[index].to(device, non_blocking=True), index
+        return
+    items = ([*zip(index.tolist(), itertools.repeat(None) if crops is None else crops.tolist())]
+             for index, crops in batches)
+    loader = torch.utils.data.DataLoader(
+        images, batch_sampler=items, num_workers=images.workers, worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda")
+    for batch, index, errors in loader:
+        for error in sorted(set("\n".join(errors).split("\n")) - images.unreadable - {""}):
+            images.unreadable.add(error)
+            count = f"{len(images.unreadable)} of at most {images.limit}, --max-unreadable"
+            if len(images.unreadable) > images.limit or index.min() < 0:
+                fail(f"{error} ({count})")
+            print(f"skipped: {error} ({count})", file=sys.stderr)
+        yield batch.to(device, non_blocking=True), index
 
 
 def decode_image(path):
-    """Read one image file as uint8 RGB (3, H, W); OSError that names it where it cannot be read."""
+    """Read an image file as uint8 RGB (3, H, W), turned as its EXIF says; OSError that names it.
+
+    Transparency is dropped; of 16-bit gray the high byte counts; deeper pixels are refused.
+    """
     try:
-        return pil_to_tensor(torchvision.datasets.folder.default_loader(path))
+        with torchvision.datasets.folder.Image.open(path) as image:  # Pillow, torchvision's own
+            if image.mode[0] in "IF":  # Pillow's RGB would cut them off at 255
+                x = pil_to_tensor(image.convert("I"))
+                if image.mode == "F" or x.min() < 0 or x.max() > 65535:
+                    raise ValueError("its pixels have more than 16 bits")
+                x = (x >> 8).to(torch.uint8).expand(3, -1, -1)
+            else:
+                x = pil_to_tensor(image.convert("RGB"))
+            turn = image.getexif().get(0x0112, 1)
     except Exception as error:  # a damaged file can raise nearly anything
         raise OSError(f"the image {path} is unreadable: {error}") from error
+    x = x.mT if turn in (5, 6, 7, 8) else x
+    return x.flip([d for d, turns in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if turn in turns])
 
 
 def box(u, v, a, b):
@@ -284,7 +377,7 @@ def draw_shapes(n, seed, size=32):
 DRAWS = 36  # uniform random numbers that one view of one image takes
 
 
-def augment(images, draws, view, args):
+def augment(images, draws, view, args, cropped=False):
     """One view of every image: uint8 (N, 3, S, S) -> float32 (N, 3, S, S) in [0, 1].
 
     draws (N, DRAWS) holds uniform random numbers in [0, 1), the only source of chance; view (0 or
@@ -295,8 +388,11 @@ def augment(images, draws, view, args):
         draws.split([20, 2, 1, 1, 4, 4, 1, 1, 1, 1], dim=1)
     )
     x = images.float() / 255
-    box = draw_crops(tries, corner, images.shape[-1], *args.crop)
-    x = crop_resize_flip(x, *box, flip[:, 0] < args.flip)
+    if cropped:  # by a Folder
+        x = where(flip[:, 0] < args.flip, x.flip(3), x)
+    else:
+        box = draw_crops(tries, corner, *x.shape[2:], *args.crop)
+        x = crop_resize_flip(x, *box, flip[:, 0] < args.flip)
     if args.jitter_prob:
         factors = draw_jitter(strength, args.jitter)
         x = where(jittered[:, 0] < args.jitter_prob, color_jitter(x, factors, order.argsort(1)), x)
@@ -314,21 +410,23 @@ def where(chosen, yes, no):
     return torch.where(chosen[:, None, None, None], yes, no)
 
 
-def draw_crops(tries, corner, size, low, high):
-    """RandomResizedCrop's boxes in square images: top, left, height, width, each (N,) whole.
+def draw_crops(tries, corner, height, width, low, high):
+    """RandomResizedCrop's boxes in images of one size: top, left, height, width, each (N,) whole.
 
     Of ten tries (N, 20) with area in [low, high] of the image and log-uniform aspect ratio in
-    [3/4, 4/3] the first that fits is taken, the whole image where none does.
+    [3/4, 4/3] the first that fits is taken, where none does the largest central box of such ratio.
     """
     area, ratio = tries.chunk(2, dim=1)
-    area = size**2 * (low + (high - low) * area)
+    area = height * width * (low + (high - low) * area)
     ratio = torch.exp(math.log(4 / 3) * (2 * ratio - 1))
-    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (height.clamp(1, size) == height) & (width.clamp(1, size) == width)
-    first = fits.float().argmax(1, keepdim=True)
-    height, width = (torch.where(fits, s, size).gather(1, first)[:, 0] for s in (height, width))
-    top, left = (corner[:, 0] * (size - height + 1)), (corner[:, 1] * (size - width + 1))
-    return top.floor(), left.floor(), height, width
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h.clamp(1, height) == h) & (w.clamp(1, width) == w)
+    first, some = fits.float().argmax(1, keepdim=True), fits.any(1)
+    largest = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    h, w = (torch.where(fits, s, most).gather(1, first)[:, 0] for s, most in zip((h, w), largest))
+    top = torch.where(some, corner[:, 0] * (height - h + 1), (height - h) / 2)
+    left = torch.where(some, corner[:, 1] * (width - w + 1), (width - w) / 2)
+    return top.floor(), left.floor(), h, w
 
 
 def crop_resize_flip(x, top, left, height, width, flip):
@@ -541,28 +639,6 @@ def effective_rank(x):
     return math.exp(-torch.special.xlogy(p, p).sum().item())
 
 
-def evaluate(model, data, device, linear):
-    """Measure the frozen representation on the test images; a dict of accuracies in percent.
-
-    knn; online, the probe trained along; rank, the effective rank; linear, if asked. Parameters and
-    buffers stay as they are.
-    """
-    known = torch.where(data.train_labels >= 0)[0]
-    train_y, test_y = data.train_labels[known].to(device), data.test_labels.to(device)
-    batches = (data.train_images[index] for index in known.split(500))
-    train_x = extract_features(model.backbone, batches, device)
-    test_x = extract_features(model.backbone, data.test_images.split(500), device)
-    metrics = {"knn": knn_accuracy(train_x, train_y, test_x, test_y)}
-    model.probe.eval()
-    with torch.no_grad():
-        metrics["online"] = 100 * (model.probe(test_x).argmax(1) == test_y).float().mean().item()
-    model.probe.train()
-    metrics["rank"] = effective_rank(test_x)
-    if linear:
-        metrics["linear"] = linear_probe(train_x, train_y, test_x, test_y)
-    return {name: round(value, 2) for name, value in metrics.items()}
-
-
 # ==== 7. Optimiser, schedule [shared] =============================================================
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, a weight at a time, to eta |w| / |gradient|.
@@ -635,11 +711,14 @@ def fail(message, code=2):
 def choose_device(args):
     """Return the device and the autocast dtype, None for float32, that args ask for.
 
-    Float32 on a GPU keeps PyTorch's defaults: convolutions in TF32, matrix products in full.
+    Float32 on a GPU keeps PyTorch's defaults: convolutions in TF32, matrix products in full. Of
+    several processes on a machine each takes the GPU of its local rank.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device here; leave the flag out or say cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
@@ -659,6 +738,40 @@ def choose_device(args):
 def capability(device):
     """Major compute capability of a CUDA device, 0 for others; 7 has tensor cores and Triton."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def join_processes(args):
+    """Join the processes that torchrun started along with this one, if it did; as processes()."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size} is for all processes, and {world} do not divide it")
+    if world > 1 and not dist.is_initialized():  # NCCL for GPUs, gloo for CPUs
+        dist.init_process_group(timeout=datetime.timedelta(hours=3))
+    return processes()
+
+
+def processes():
+    """The rank of this process and the number of processes: 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(x):
+    """x (n, ...) of all processes, (N, ...); its gradient reaches this process's own part alone."""
+    rank, world = processes()
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank] = x
+    return torch.cat(parts)
+
+
+def agree(caught):
+    """The first signal that any process caught, or None; waits for all processes."""
+    signum = torch.tensor(caught[0] if caught else 0)
+    if dist.is_initialized():
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+    return signum.item() or None
 
 
 def make_run_folder(args):
@@ -681,11 +794,15 @@ def make_run_folder(args):
 def save(value, path):
     """torch.save under a temporary name, then rename: a crash leaves the old file or the new."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; what was saved before is still there")
 
 
 CHECKPOINT = {  # what last.pt holds; data: number of images, their size, the classes
@@ -707,14 +824,16 @@ def load_checkpoint(run):
     except Exception as error:  # a damaged or hostile file can raise nearly anything
         fail(f"--resume {run}: last.pt is damaged or no checkpoint of ours "
              f"({type(error).__name__})")
-    if (method, version) != (METHOD, 1):
-        fail(f"--resume {run}: a run of {method}.py (format {version}), not of {METHOD}.py (1)")
+    if (method, version) != (METHOD, 2):
+        fail(f"--resume {run}: a run of {method}.py (format {version}), not of {METHOD}.py (2)")
     return checkpoint
 
 
 def save_checkpoint(model, optimizer, scaler, run, state):
-    """Write last.pt, everything to go on with."""
-    save({"format": 1, "method": METHOD, **state,
+    """Write last.pt, everything to go on with, from process 0."""
+    if processes()[0]:
+        return
+    save({"format": 2, "method": METHOD, **state,
           "log_bytes": run.file.tell(), "backbone": model.backbone.state_dict(),
           "head": model.head.state_dict(), "probe": model.probe.state_dict(),
           "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
@@ -763,11 +882,15 @@ def environment(device):
 
 
 class Run:
-    """A run folder being written: log.jsonl, last.pt; and what the console shows meanwhile."""
+    """A run folder being written: log.jsonl, last.pt; and what the console shows meanwhile.
+
+    Of several processes only the first writes and prints; the others' folder is None.
+    """
 
     def __init__(self, folder, log_bytes=None):
-        self.folder, self.live, path = folder, 0, folder / "log.jsonl"
-        if log_bytes and path.exists():  # what was logged after the checkpoint comes again
+        self.folder, self.live = folder, 0
+        path = folder / "log.jsonl" if folder else Path(os.devnull)
+        if log_bytes and path.is_file():  # what was logged after the checkpoint comes again
             os.truncate(path, min(log_bytes, path.stat().st_size))
         self.file = open(path, "a" if log_bytes else "w", buffering=1)
 
@@ -776,9 +899,9 @@ class Run:
 
     def print(self, text, live=False):
         """Print a line; a live one shows on a terminal only, and the next one replaces it."""
+        if self.folder is None or (live and not sys.stdout.isatty()):
+            return
         if live:
-            if not sys.stdout.isatty():
-                return
             text = text[: shutil.get_terminal_size().columns - 1]
         print("\r" * bool(self.live) + text.ljust(self.live), end="" if live else "\n", flush=True)
         self.live = len(text) if live else 0
@@ -786,13 +909,14 @@ class Run:
 
 @contextlib.contextmanager
 def catch_signals(run):
-    """Collect the first SIGINT or SIGTERM in a list, to stop between two steps; a second one ends
-    the program at once."""
+    """Collect SIGINT and SIGTERM in a list, to stop between two steps; a second one ends a single
+    process at once, while torchrun passes on what the others had too."""
     caught, before = [], {}
 
     def handle(signum, frame):
         caught.append(signum)
-        signal.signal(signum, before[signum])
+        if not dist.is_initialized():
+            signal.signal(signum, before[signum])
         run.print("stopping after this step; once more to stop at once")
 
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -805,7 +929,8 @@ def catch_signals(run):
 
 
 # ==== 9. Training [shared] ========================================================================
-FREE = ("data", "data_dir", "device", "compile", "eval_every", "save_every", "workers")
+FREE = ("data", "data_dir", "device", "compile", "eval_every", "save_every", "workers",
+        "max_unreadable")
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -843,6 +968,10 @@ def parse_args(argv=None):
     add("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes or a folder of images")
     add("--data-dir", default="data", help="where downloaded data sets are kept")
     add("--image-size", type=number(int, 8), help="pixels, for folders; default: the first image's")
+    add("--stream", action=argparse.BooleanOptionalAction,
+        help="read a folder's images when they are needed; default: where they take over 4 GiB")
+    add("--max-unreadable", type=number(int, 0), default=0,
+        help="images of a folder that may be unreadable; they are named and skipped")
     add("--holdout", type=number(int, 0), default=0,
         help="evaluate on this many training images, held out, instead of the test set")
     add("--arch", choices=("convnet", "resnet18", "resnet34", "resnet50"),
@@ -859,7 +988,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=number(int, 1), help="default: 15 for shapes, else 100")
     add("--steps", type=number(int, 1), help="stop after this many steps in all, as in a dry run")
-    add("--batch-size", type=number(int, 2), help="images; default: 128 for shapes, else 512")
+    add("--batch-size", type=number(int, 2),
+        help="images, of all processes; default: 128 for shapes, else 512")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
     add("--head-lr", type=number(float, 0, above=True),
         help="learning rate of the head over the backbone's; default: 1, less for wide expanders")
@@ -876,7 +1006,8 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--eval-every", type=number(int, 1), help="epochs between kNN; default: a tenth of all")
     add("--save-every", type=number(float, 0), default=60.0, help="seconds between checkpoints")
-    add("--workers", type=number(int, 1), default=os.cpu_count(), help="threads that read a folder")
+    add("--workers", type=number(int, 1), help="processes that read a folder for each that trains",
+        default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     args = complete(parser.parse_args(argv))
     if args.resume is None and args.out and (Path(args.out) / "last.pt").exists():
         fail(f"--out {args.out} holds a run; choose another, or --resume {args.out} to go on")
@@ -916,18 +1047,78 @@ def complete(args):
     return args
 
 
+def represent(backbone, images, labels, index, device):
+    """Representations (n, F) and labels (n,) of images[index]; every process sees to a share."""
+    rank, world = processes()
+    share, found = math.ceil(len(index) / world), []
+    mine = index[torch.arange(rank * share, (rank + 1) * share) % len(index)]
+
+    def batches():
+        for batch, where in fetch(images, ((part, None) for part in mine.split(500)), device):
+            found.append(labels[where].to(device))
+            yield batch
+
+    features = extract_features(backbone, batches(), device)
+    return gather(features)[: len(index)], gather(torch.cat(found))[: len(index)]
+
+
+def evaluate(model, data, device, linear):
+    """Measure the frozen representation on the test images; a dict of accuracies in percent.
+
+    knn; online, the probe trained along; rank, the effective rank; linear, if asked. Parameters and
+    buffers stay as they are.
+    """
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)  # on CPUs each process has BatchNorm's statistics of its own
+    known = torch.where(data.train_labels >= 0)[0]
+    every = torch.arange(len(data.test_labels))
+    train = represent(model.backbone, data.train_images, data.train_labels, known, device)
+    test = represent(model.backbone, data.test_images, data.test_labels, every, device)
+    metrics = {"knn": knn_accuracy(*train, *test)}
+    model.probe.eval()
+    with torch.no_grad():
+        hits = model.probe(test[0]).argmax(1) == test[1]
+        metrics["online"] = 100 * hits.float().mean().item()
+    model.probe.train()
+    metrics["rank"] = effective_rank(test[0])
+    if linear:
+        metrics["linear"] = linear_probe(*train, *test)
+    return {name: round(value, 2) for name, value in metrics.items()}
+
+
+def schedule(images, args, first, last):
+    """For each step from first to last: index (n,) of this process's images, and uniform numbers
+    (n, 2, 22) for their crops, which a Folder needs."""
+    rank, world = processes()
+    size, generator = args.batch_size // world, torch.Generator()
+    for step in range(first, last):
+        epoch, position = divmod(step, len(images) // args.batch_size)
+        if position == 0 or step == first:
+            generator.manual_seed(derive_seed(args.seed, 1, epoch))
+            order = torch.randperm(len(images), generator=generator).to(images.device)
+        generator.manual_seed(derive_seed(args.seed, 3, step))
+        crops = torch.rand(args.batch_size, 2, 22, generator=generator)
+        start = position * args.batch_size + rank * size
+        yield order[start : start + size], crops[rank * size : (rank + 1) * size]
+
+
 def train_step(model, optimizer, scaler, view, images, labels, args, dtype):
-    """One update on images uint8 (N, 3, S, S), labels (N,); returns loss and parts, not waiting."""
-    draws = torch.rand(2, len(images), DRAWS, device=images.device)
-    views = [view(images, draws[i], i, args).contiguous(memory_format=torch.channels_last)
-             for i in (0, 1)]
+    """One update on this process's images, uint8 (n, 3, S, S), or a Folder's pairs of crops
+    (n, 2, 3, S, S), and labels (n,); returns loss and parts of the global batch, not waiting."""
+    (rank, world), n, cropped = processes(), len(images), images.ndim == 5
+    draws = torch.rand(2, world * n, DRAWS, device=images.device)[:, rank * n : (rank + 1) * n]
+    views = [view(images[:, i] if cropped else images, draws[i], i, args, cropped)
+             .contiguous(memory_format=torch.channels_last) for i in (0, 1)]
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        z1, z2, logits = model(*views)
-    loss, parts = loss_fn(z1.float(), z2.float(), args)
-    online = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-1)
+        outputs = model(*views)
+    z1, z2, logits = (gather(output.float()) for output in outputs)  # (N, ..)
+    labels = gather(labels)
+    loss, parts = loss_fn(z1, z2, args)
+    online = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
     online = online / (labels >= 0).sum().clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss + online).backward()
+    # each process has the gradient of its own images; DistributedDataParallel takes the mean
+    scaler.scale(world * (loss + online)).backward()
     scaler.step(optimizer)
     scaler.update()
     return {"loss": loss.detach(), **parts, "probe": online.detach()}
@@ -939,31 +1130,29 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
     epoch_steps = len(images) // args.batch_size
     steps = args.epochs * epoch_steps
     first, last = state["step"], min(steps, args.steps or steps)
-    view = augment
+    view, network = augment, model
     if args.compile or (args.compile is None and capability(device) >= 7):
         model.compile()
         view = torch.compile(augment)
+    if dist.is_initialized():
+        network = nn.parallel.DistributedDataParallel(model)
     start = shown = saved = epoch_start = time.time()
-    before = state["seconds"]
+    before, epoch_first = state["seconds"], first % epoch_steps
+    batches = fetch(images, schedule(images, args, first, last), device)
     with catch_signals(run) as caught:
-        for step in range(first, last):
+        for step, (batch, index) in zip(range(first, last), batches):
             epoch, position = divmod(step, epoch_steps)
-            if position == 0 or step == first:
-                generator = torch.Generator().manual_seed(derive_seed(args.seed, 1, epoch))
-                order = torch.randperm(len(images), generator=generator).to(images.device)
-                epoch_start, epoch_first = time.time(), position
             if position == 0:
-                state["history"] = []
-            index = order[position * args.batch_size : (position + 1) * args.batch_size]
-            batch = (part[index].to(device, non_blocking=True) for part in (images, labels))
+                state["history"], epoch_start, epoch_first = [], time.time(), 0
             set_learning_rate(optimizer, step, steps, round(args.warmup * epoch_steps))
             torch.manual_seed(derive_seed(args.seed, 2, step))
-            parts = train_step(model, optimizer, scaler, view, *batch, args, dtype)
+            parts = train_step(network, optimizer, scaler, view, batch,
+                               labels[index].to(device, non_blocking=True), args, dtype)
             state["history"].append(torch.stack([*parts.values()]))
             state["step"], now = step + 1, time.time()
             ends, final = position + 1 == epoch_steps, step + 1 == last
-            due = now - saved >= args.save_every
-            if not (ends or final or due or caught or now - shown >= 0.5):
+            due, stop = now - saved >= args.save_every, agree(caught)
+            if not (ends or final or due or stop or now - shown >= 0.5):
                 continue
             # only here does the loop wait for the device
             record = dict(zip(parts, mean_history(state["history"], parts, epoch, epoch_steps)))
@@ -976,7 +1165,7 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
             epoch_text = f"epoch {epoch + 1:3d}/{args.epochs}"
             if not (ends or final):  # what matters first: a narrow terminal cuts the rest
                 run.print(f"{epoch_text}  step {position + 1}/{epoch_steps}  {left}  {text}", True)
-            if ends or final or due or caught:
+            if ends or final or due or stop:
                 check_weights(model, state)
             if ends and (epoch + 1) % args.eval_every == 0 and not final:
                 record |= evaluate(model, data, device, linear=False)
@@ -987,13 +1176,13 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
                 run.log({"epoch": epoch + 1, "step": step + 1, **record,
                          "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(speed),
                          "seconds": round(state["seconds"], 1)})
-            stopped = caught[:1]  # taken once: a signal that comes now waits for the next step
-            if final or due or stopped:
+            if final or due or stop:
                 save_checkpoint(model, optimizer, scaler, run, state)
                 saved = time.time()
-            if stopped:
-                return stopped[0]
-    return caught[0] if caught else None
+            if stop:
+                break
+        stop = agree(caught)  # a process that ends before the first has saved would end that too
+    return stop
 
 
 def check_weights(model, state):
@@ -1044,7 +1233,7 @@ def run_all(args, argv):
         try:
             table[variant] = main(row)
         except SystemExit as stop:  # one that diverges does not end the others
-            if stop.code != DIVERGED:
+            if stop.code != DIVERGED or dist.is_initialized():
                 raise
             table[variant] = {}
     columns = ("knn", "linear", "online", "rank", "seconds")
@@ -1063,8 +1252,15 @@ def main(argv=None):
     if getattr(args, VARIANT) == "all":
         return run_all(args, argv)
     device, dtype = choose_device(args)
+    rank, world = join_processes(args)
     checkpoint = load_checkpoint(args.resume) if args.resume is not None else None
+    waits = args.data in DOWNLOADS and world > 1  # one process on each machine downloads
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if waits and local:
+        agree([])
     data = load_data(args)
+    if waits and not local:
+        agree([])
     n, size = len(data.train_images), data.train_images.shape[-1]
     if n < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {n} training images")
@@ -1073,6 +1269,8 @@ def main(argv=None):
     torch.manual_seed(derive_seed(args.seed, 0))
     asked = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
     model = Model(args, size, len(data.classes)).to(device, memory_format=torch.channels_last)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = {"step": 0, "seconds": 0.0, "history": [], "untrained": {},
@@ -1080,12 +1278,12 @@ def main(argv=None):
     if checkpoint:
         restore(checkpoint, model, optimizer, scaler, state)
     state["args"] = asked  # as they were before build_head filled in what was left to it
-    run = Run(Path(args.resume) if checkpoint else make_run_folder(args),
-              checkpoint and checkpoint["log_bytes"])
+    folder = None if rank else Path(args.resume) if checkpoint else make_run_folder(args)
+    run = Run(folder, checkpoint and checkpoint["log_bytes"])
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head)]
     precision = str(dtype or torch.float32).removeprefix("torch.")
-    header = {"method": METHOD, "args": vars(args), **environment(device), "precision": precision,
-              "parameters": dict(zip(("backbone", "head"), sizes)),
+    header = {"method": METHOD, "args": vars(args), **environment(device), "processes": world,
+              "precision": precision, "parameters": dict(zip(("backbone", "head"), sizes)),
               "images": n, "test_images": len(data.test_images), "image_size": size,
               "classes": len(data.classes), "steps_per_epoch": n // args.batch_size,
               "learning_rate": optimizer.param_groups[0]["peak_lr"]}
@@ -1093,7 +1291,7 @@ def main(argv=None):
               f"train on, {len(data.test_images):,} to test on, {len(data.classes)} classes")
     run.print(f"{args.arch} ({sizes[0] / 1e6:.1f} M parameters), head ({sizes[1] / 1e6:.1f} M), "
               f"{args.optimizer} at {header['learning_rate']:.4g}, batches of {args.batch_size}")
-    run.print(f"{header['gpu'] if device.type == 'cuda' else device}, {precision}, in {run.folder}")
+    run.print(f"{header['gpu'] or device} x {world}, {precision}, in {run.folder}")
     if not checkpoint:
         run.log(header)
         metrics = evaluate(model, data, device, linear=True)
@@ -1107,8 +1305,9 @@ def main(argv=None):
         run.print(f"stopped after step {state['step']}, saved; go on with: "
                   f"python {METHOD}.py --resume {run.folder}")
         raise SystemExit(128 + signum)
-    weights = {name: value.cpu() for name, value in model.backbone.state_dict().items()}
-    save(weights, run.folder / "backbone.pt")
+    if rank == 0:
+        weights = {name: value.cpu() for name, value in model.backbone.state_dict().items()}
+        save(weights, run.folder / "backbone.pt")
     metrics = evaluate(model, data, device, linear=True)
     metrics |= {**state["untrained"], "step": state["step"], "seconds": round(state["seconds"], 1)}
     run.log({"final": True, **metrics})
@@ -1119,6 +1318,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except OSError as error:  # a full disk, say
+        fail(error)
     except KeyboardInterrupt:
         print("\nstopped; a run folder that holds last.pt goes on with --resume", file=sys.stderr)
         sys.exit(130)
