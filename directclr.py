@@ -256,8 +256,8 @@ def load_folder(root, args):
 class Folder(torch.utils.data.Dataset):
     """Images of a folder, read by fetch(): a uint8 tensor (n, 3, S, S) that is not there.
 
-    An item is (index, crops): crops, (2, 22) uniform draws, give two random crops (2, 3, S, S),
-    None the central square (3, S, S), `part` of the shorter side. The next readable image takes the
+    An item is (index, seed): two random crops (2, 3, S, S), torchvision's with that seed; without
+    one the central square (3, S, S), `part` of the shorter side. The next readable image takes the
     place of an unreadable one; with an item come its index, -1 if there is none, and the errors.
     Other subscripts, slices and masks, give the Folder of these.
     """
@@ -278,22 +278,24 @@ class Folder(torch.utils.data.Dataset):
             part = copy.copy(self)
             part.paths = self.paths[item]
             return part
-        (index, crops), errors, size = item, [], [self.size, self.size]
+        (index, seed), errors, size = item, [], [self.size, self.size]
         for i in (j % len(self) for j in range(index, index + self.limit + 1)):
             try:
                 x = decode_image(os.fsdecode(self.paths[i]))
             except OSError as error:
                 errors.append(" ".join(str(error).split()))
                 continue
-            if crops is None:
+            if seed is None:
                 side = max(1, round(self.part * min(x.shape[1:])))
                 views = resize(center_crop(x, [side, side]), size, antialias=True)
             else:
-                boxes = draw_crops(*torch.tensor(crops).split([20, 2], 1), *x.shape[1:], *self.crop)
-                views = torch.stack([resized_crop(x, *box, size, antialias=True)
-                                     for box in torch.stack(boxes, dim=1).int().tolist()])
+                torch.default_generator.manual_seed(seed)  # the CPU's alone: far quicker
+                draw = torchvision.transforms.RandomResizedCrop.get_params
+                views = torch.stack([
+                    resized_crop(x, *draw(x, self.crop, [3 / 4, 4 / 3]), size, antialias=True)
+                    for _ in (0, 1)])
             return views, i, "\n".join(errors)
-        pair = () if crops is None else (2,)
+        pair = () if seed is None else (2,)
         return torch.zeros(*pair, 3, *size, dtype=torch.uint8), -1, "\n".join(errors)
 
 
@@ -304,18 +306,18 @@ def ignore_signals(worker):
 
 
 def fetch(images, batches, device):
-    """Yield images, uint8 on the device, and their index (n,), for (index (n,), crops) in batches.
+    """Yield images, uint8 on the device, and their index (n,), for (index, seeds) in batches.
 
-    crops (n, 2, 22) or None: random crops are drawn from a Folder alone, (n, 2, 3, S, S). Its
-    workers read ahead; an index changes where an image is unreadable. Ends the program where those
-    are more than --max-unreadable.
+    seeds (n,) or None: with them a Folder gives pairs of random crops, (n, 2, 3, S, S). Its workers
+    read ahead; an index changes where an image is unreadable. Ends the program where those are more
+    than --max-unreadable.
     """
     if isinstance(images, torch.Tensor):
         for index, _ in batches:
             yield images[index].to(device, non_blocking=True), index
         return
-    items = ([*zip(index.tolist(), itertools.repeat(None) if crops is None else crops.tolist())]
-             for index, crops in batches)
+    items = ([*zip(index.tolist(), itertools.repeat(None) if seeds is None else seeds.tolist())]
+             for index, seeds in batches)
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=items, num_workers=images.workers, worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda")
@@ -342,12 +344,13 @@ def decode_image(path):
                     raise ValueError("its pixels have more than 16 bits")
                 x = (x >> 8).to(torch.uint8).expand(3, -1, -1)
             else:
-                x = pil_to_tensor(image.convert("RGB"))
+                x = pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
             turn = image.getexif().get(0x0112, 1)
     except Exception as error:  # a damaged file can raise nearly anything
         raise OSError(f"the image {path} is unreadable: {error}") from error
     x = x.mT if turn in (5, 6, 7, 8) else x
-    return x.flip([d for d, turns in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if turn in turns])
+    flips = [d for d, turns in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if turn in turns]
+    return x.flip(flips) if flips else x
 
 
 def box(u, v, a, b):
@@ -419,7 +422,7 @@ def augment(images, draws, view, args, cropped=False):
     if cropped:  # by a Folder
         x = where(flip[:, 0] < args.flip, x.flip(3), x)
     else:
-        box = draw_crops(tries, corner, *x.shape[2:], *args.crop)
+        box = draw_crops(tries, corner, x.shape[-1], *args.crop)
         x = crop_resize_flip(x, *box, flip[:, 0] < args.flip)
     if args.jitter_prob:
         factors = draw_jitter(strength, args.jitter)
@@ -438,23 +441,21 @@ def where(chosen, yes, no):
     return torch.where(chosen[:, None, None, None], yes, no)
 
 
-def draw_crops(tries, corner, height, width, low, high):
-    """RandomResizedCrop's boxes in images of one size: top, left, height, width, each (N,) whole.
+def draw_crops(tries, corner, size, low, high):
+    """RandomResizedCrop's boxes in square images: top, left, height, width, each (N,) whole.
 
     Of ten tries (N, 20) with area in [low, high] of the image and log-uniform aspect ratio in
-    [3/4, 4/3] the first that fits is taken, where none does the largest central box of such ratio.
+    [3/4, 4/3] the first that fits is taken, the whole image where none does.
     """
     area, ratio = tries.chunk(2, dim=1)
-    area = height * width * (low + (high - low) * area)
+    area = size**2 * (low + (high - low) * area)
     ratio = torch.exp(math.log(4 / 3) * (2 * ratio - 1))
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (h.clamp(1, height) == h) & (w.clamp(1, width) == w)
-    first, some = fits.float().argmax(1, keepdim=True), fits.any(1)
-    largest = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    h, w = (torch.where(fits, s, most).gather(1, first)[:, 0] for s, most in zip((h, w), largest))
-    top = torch.where(some, corner[:, 0] * (height - h + 1), (height - h) / 2)
-    left = torch.where(some, corner[:, 1] * (width - w + 1), (width - w) / 2)
-    return top.floor(), left.floor(), h, w
+    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (height.clamp(1, size) == height) & (width.clamp(1, size) == width)
+    first = fits.float().argmax(1, keepdim=True)
+    height, width = (torch.where(fits, s, size).gather(1, first)[:, 0] for s in (height, width))
+    top, left = (corner[:, 0] * (size - height + 1)), (corner[:, 1] * (size - width + 1))
+    return top.floor(), left.floor(), height, width
 
 
 def crop_resize_flip(x, top, left, height, width, flip):
@@ -602,16 +603,18 @@ class Model(nn.Module):
 
 # ==== 6. Evaluation [shared] ======================================================================
 @torch.no_grad()
-def extract_features(backbone, batches, device):
-    """Representations (n, F) float32, in eval mode, of batches of uint8 images (N, 3, S, S)."""
-    training = backbone.training
+def extract_features(backbone, batches, n):
+    """Representations (n, F) float32, in eval mode, of n uint8 images in batches (N, 3, S, S)."""
+    training, features, done = backbone.training, None, 0
     backbone.eval()
-    features = []
     for batch in batches:
-        x = batch.to(device, non_blocking=True).float() / 255
-        features.append(backbone(x.contiguous(memory_format=torch.channels_last)).float())
+        h = backbone((batch.float() / 255).contiguous(memory_format=torch.channels_last))
+        if features is None:  # whole at once: parts that stay would fragment the memory
+            features = h.new_empty(n, h.shape[1], dtype=torch.float32)
+        features[done : done + len(h)] = h
+        done += len(h)
     backbone.train(training)
-    return torch.cat(features)
+    return features
 
 
 @torch.no_grad()
@@ -1086,7 +1089,7 @@ def represent(backbone, images, labels, index, device):
             found.append(labels[where].to(device))
             yield batch
 
-    features = extract_features(backbone, batches(), device)
+    features = extract_features(backbone, batches(), share)
     return gather(features)[: len(index)], gather(torch.cat(found))[: len(index)]
 
 
@@ -1115,8 +1118,8 @@ def evaluate(model, data, device, linear):
 
 
 def schedule(images, args, first, last):
-    """For each step from first to last: index (n,) of this process's images, and uniform numbers
-    (n, 2, 22) for their crops, which a Folder needs."""
+    """For each step from first to last: index (n,) of this process's images, and seeds (n,) for
+    their crops, which a Folder needs."""
     rank, world = processes()
     size, generator = args.batch_size // world, torch.Generator()
     for step in range(first, last):
@@ -1125,9 +1128,9 @@ def schedule(images, args, first, last):
             generator.manual_seed(derive_seed(args.seed, 1, epoch))
             order = torch.randperm(len(images), generator=generator).to(images.device)
         generator.manual_seed(derive_seed(args.seed, 3, step))
-        crops = torch.rand(args.batch_size, 2, 22, generator=generator)
+        seeds = torch.randint(2**63 - 1, (args.batch_size,), generator=generator)
         start = position * args.batch_size + rank * size
-        yield order[start : start + size], crops[rank * size : (rank + 1) * size]
+        yield order[start : start + size], seeds[rank * size : (rank + 1) * size]
 
 
 def train_step(model, optimizer, scaler, view, images, labels, args, dtype):
@@ -1282,13 +1285,10 @@ def main(argv=None):
     device, dtype = choose_device(args)
     rank, world = join_processes(args)
     checkpoint = load_checkpoint(args.resume) if args.resume is not None else None
-    waits = args.data in DOWNLOADS and world > 1  # one process on each machine downloads
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if waits and local:
-        agree([])
-    data = load_data(args)
-    if waits and not local:
-        agree([])
+    waits = args.data in DOWNLOADS and os.environ.get("LOCAL_RANK", "0") != "0"
+    data = None if waits else load_data(args)
+    agree([])  # one process on each machine has downloaded
+    data = data or load_data(args)
     n, size = len(data.train_images), data.train_images.shape[-1]
     if n < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {n} training images")

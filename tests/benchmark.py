@@ -3,8 +3,9 @@
 (a) the full training step against the bare forward and backward pass on a constant batch
 (b) the augmentation against torchvision's, image by image, with all cores
 (c) VICReg's loss against the official D x D form, in time and peak memory
+(d) a streamed folder against a bare DataLoader that decodes and crops the same images
 
-python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512] [--parts abc]
+python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512] [--parts abcd]
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -201,6 +203,62 @@ def part_c(device, args):
                   f"ratio {other / mine:6.1f}  {used}", flush=True)
 
 
+class BareCrops(torch.utils.data.Dataset):
+    """The usual way to stream: torchvision opens an image and crops it twice, in worker processes.
+    """
+
+    def __init__(self, paths):
+        self.paths, self.crop = paths, v2.RandomResizedCrop(224, scale=(0.2, 1.0), antialias=True)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        image = torchvision.datasets.folder.default_loader(self.paths[index])
+        image = v2.functional.pil_to_tensor(image)
+        return torch.stack([self.crop(image), self.crop(image)])
+
+
+def part_d(device, args):
+    cores, n, batch = os.cpu_count(), 3200, 64
+    print(f"(d) streaming JPEGs of 500 x 375 px, two crops of 224 px each, {cores} workers")
+    with tempfile.TemporaryDirectory() as folder:
+        generator, paths = torch.Generator().manual_seed(0), []
+        for i in range(100):
+            coarse = torch.rand(1, 3, 24, 32, generator=generator)
+            x = torch.nn.functional.interpolate(coarse, (375, 500), mode="bicubic")[0]
+            x = (x + 0.05 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+            paths.append(f"{folder}/{i}.jpg")
+            v2.functional.to_pil_image((255 * x).byte()).save(paths[-1], quality=90)
+        paths = paths * (n // len(paths))
+        run = simclr.parse_args(["--data", "shapes", "--batch-size", str(batch)])
+        streamed = simclr.Folder(paths, 224, 1.0, run)
+
+        def ours():
+            return (x for x, _ in simclr.fetch(
+                streamed, simclr.schedule(streamed, run, 0, n // batch), device))
+
+        def bare():
+            return iter(torch.utils.data.DataLoader(
+                BareCrops(paths), batch, shuffle=True, num_workers=cores,
+                pin_memory=device.type == "cuda"))
+
+        speeds = [[], []]
+        for _ in range(5):
+            for make, mine in zip((ours, bare), speeds):
+                batches = make()
+                for _ in range(4 * cores + 1):  # the workers' start does not count
+                    next(batches)
+                start, count = time.perf_counter(), 0
+                for x in batches:
+                    count += len(x)
+                mine.append(count / (time.perf_counter() - start))
+        mine, theirs = map(statistics.median, speeds)
+        print(f"  ours {mine:,.0f} images/s {[round(s) for s in speeds[0]]}, bare DataLoader "
+              f"{theirs:,.0f} images/s {[round(s) for s in speeds[1]]}, ratio {mine / theirs:.2f}",
+              flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -210,7 +268,7 @@ def main():
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     parser.add_argument("--rounds", type=int, help="timed rounds; default: 50 on a GPU, 5 on a CPU")
     parser.add_argument("--dim", type=int, default=2048, help="VICReg's D in (a)")
-    parser.add_argument("--parts", default="abc", help="which of a, b, c to run")
+    parser.add_argument("--parts", default="abcd", help="which of a, b, c, d to run")
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
@@ -221,7 +279,7 @@ def main():
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
     print(f"{where}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, torchvision {torchvision.__version__}", flush=True)
-    for part, function in (("a", part_a), ("b", part_b), ("c", part_c)):
+    for part, function in (("a", part_a), ("b", part_b), ("c", part_c), ("d", part_d)):
         if part in args.parts:
             function(device, args)
 

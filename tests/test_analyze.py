@@ -289,7 +289,7 @@ def test_bad_input(runs, tmp_path, capsys):
         torch.save({**good, **changes}, folder / "last.pt")
         return refused(capsys, "spectrum", folder)
 
-    assert "format 2" in broken(format=2)
+    assert "format 3" in broken(format=3)
     assert "a run of moco.py" in broken(method="moco")
     assert "head slice" in broken(args={**good["args"], "head": "slice"})
     assert "does not fit" in broken(args={**good["args"], "dim": 31})

@@ -140,7 +140,7 @@ def test_transforms_follow_in_torchvisions_order():
     x, draws = photographs(), draw(12)
     args = arguments("--jitter-prob", "1", "--gray", "0.4", "--blur", "1", "--solarize", "1")
     u = draws.split([20, 2, 1, 1, 4, 4, 1, 1, 1, 1], dim=1)
-    boxes = torch.stack(simclr.draw_crops(u[0], u[1], 32, 32, 0.2, 1.0), dim=1)
+    boxes = torch.stack(simclr.draw_crops(u[0], u[1], 32, 0.2, 1.0), dim=1)
     factors, orders = simclr.draw_jitter(u[4], args.jitter), u[5].argsort(1)
     transforms = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
     out = simclr.augment(x, draws, 0, args)
@@ -179,7 +179,7 @@ def test_crops_follow_torchvision(scale):
     """Boxes against RandomResizedCrop.get_params, each marginal by a two-sample KS test."""
     n, size = 20_000, 32
     u = draw(n)
-    mine = torch.stack(simclr.draw_crops(u[:, :20], u[:, 20:22], size, size, *scale), dim=1)
+    mine = torch.stack(simclr.draw_crops(u[:, :20], u[:, 20:22], size, *scale), dim=1)
     torch.manual_seed(0)
     image = torch.zeros(3, size, size)
     get_params, ratio = v1.RandomResizedCrop.get_params, [3 / 4, 4 / 3]

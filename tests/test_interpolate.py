@@ -330,7 +330,7 @@ def trained(image_folder, tmp_path_factory):
     for part in ("backbone", "head"):
         getattr(model, part).load_state_dict(saved[part])
     images = interpolate.load_data(args).test_images
-    features = interpolate.extract_features(model.backbone, [images], torch.device("cpu"))
+    features = interpolate.extract_features(model.backbone, [images], len(images))
     with torch.no_grad():
         return model.head.eval()(features).double()
 

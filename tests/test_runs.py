@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,11 +32,12 @@ def records(run):
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 
 
-def start(method, *flags, cwd=ROOT, session=False):
+def start(method, *flags, cwd=ROOT, session=False, limit=None):
     command = [sys.executable, str(ROOT / f"{method}.py"), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=environment, start_new_session=session)
+                            text=True, env=environment, start_new_session=session,
+                            preexec_fn=limit)
 
 
 def equal_weights(a, b):
@@ -572,7 +574,9 @@ def test_damaged_and_hostile_checkpoints(finished, capsys, tmp_path):
     script, run = importlib.import_module(method), tmp_path / "run"
     whole = (out / "last.pt").read_bytes()
     run.mkdir()
-    for size in [0, 1, 4, 100, *range(1000, len(whole), len(whole) // 20), len(whole) - 1]:
+    random = torch.Generator().manual_seed(0)
+    for size in [0, 1, 4, len(whole) - 1,
+                 *torch.randint(len(whole), (200,), generator=random).tolist()]:
         (run / "last.pt").write_bytes(whole[:size])
         assert "last.pt is damaged or no checkpoint" in refused(capsys, script, "--resume", run)
     hostile = {"method": method, "format": 1, "args": Hostile()}
@@ -709,3 +713,25 @@ def test_drawn_shapes():
     assert images.shape == (100, 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images, again) and not torch.equal(images, other)
     assert torch.bincount(labels).tolist() == [10] * 10
+
+
+def test_full_disk(image_folder, tmp_path):
+    """A checkpoint that does not fit leaves the one before, no rubbish, and one clear line."""
+    import simclr as script
+
+    run = tmp_path / "run"
+    flags = ["--data", str(image_folder), *TINY, "--out", str(run), "--steps", "3"]
+    script.main(flags)
+    before = (run / "last.pt").read_bytes()
+
+    def quota():  # what a write beyond it raises is what a full disk raises: OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    process = start(script.METHOD, "--resume", run, limit=quota)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and errors.count("\n") == 1
+    assert errors.startswith(f"{script.METHOD}.py: error: cannot write {run / 'last.pt'}: ")
+    assert "what was saved before is still there" in errors
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob("*.tmp"))
+    script.main(["--resume", str(run)])
+    assert load(run)["step"] == 12
