@@ -30,11 +30,13 @@ Sums are in float64 and in blocks: no matrix is larger than the smaller of n and
 # ==== 1. Imports [own] ============================================================================
 import argparse
 import collections
+import concurrent.futures
 import copy
 import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -1128,23 +1130,31 @@ def toy_depth(steps, seed):
     """Figure 11: one to four layers, linear or with ReLU between; deeper ones collapse further.
 
     Returns rows {loss, layers, relu, init, log_spectrum, collapsed}: logs of the embedding
-    covariance's singular values, and how many are below -8.
+    covariance's singular values, and how many are below -8. Each loss has a process of its own.
     """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, spawn) as pool:
+        rows = pool.map(toy_depth_of, ("paper", "code"), (0.1, 0.01), [steps] * 2, [seed] * 2)
+        return sum(rows, [])
+
+
+def toy_depth_of(loss, lr, steps, seed):
+    """The rows of toy_depth() of one loss."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     rows = []
-    for loss, lr in (("paper", 0.1), ("code", 0.01)):
-        for layers in (1, 2, 3, 4):
-            settings = [(relu, init) for relu in (False, True) for init in ("decaying", "uniform")]
-            relu = torch.tensor([setting[0] for setting in settings])[:, None, None]
-            both = zip(*[toy_init(init, layers, torch.Generator().manual_seed(seed))
-                         for _, init in settings])
-            weights = [torch.stack(layer).float() for layer in both]
-            noise = torch.full((len(settings), WIDTH), 1e-3)
-            for _ in toy_train(weights, noise, loss, lr, steps, relu, every=steps, seed=seed):
-                pass
-            for (rectified, init), values in zip(settings, log_spectrum(weights, relu)):
-                rows.append({"loss": loss, "layers": layers, "relu": rectified, "init": init,
-                             "log_spectrum": values.tolist(),
-                             "collapsed": int((values < -8).sum())})
+    for layers in (1, 2, 3, 4):
+        settings = [(relu, init) for relu in (False, True) for init in ("decaying", "uniform")]
+        relu = torch.tensor([setting[0] for setting in settings])[:, None, None]
+        both = zip(*[toy_init(init, layers, torch.Generator().manual_seed(seed))
+                     for _, init in settings])
+        weights = [torch.stack(layer).float() for layer in both]
+        noise = torch.full((len(settings), WIDTH), 1e-3)
+        for _ in toy_train(weights, noise, loss, lr, steps, relu, every=steps, seed=seed):
+            pass
+        for (rectified, init), values in zip(settings, log_spectrum(weights, relu)):
+            rows.append({"loss": loss, "layers": layers, "relu": rectified, "init": init,
+                         "log_spectrum": values.tolist(), "collapsed": int((values < -8).sum())})
     return rows
 
 
@@ -1386,10 +1396,11 @@ def paint_layers(axes, rows):
             if "law" in r and r["init"] == "aligned":
                 row[0].plot(steps, np.log(np.array(r["law"])[:, k]), linestyle="--", linewidth=1,
                             color=COLORS[1], label="Theorem 3" if k == 0 else None)
-                row[0].legend(loc="upper left", fontsize=7)
+                row[0].legend(loc="upper left", fontsize=7, frameon=True, edgecolor="none")
         row[0].set(title=title, ylabel=r"$\log \sigma_k$ of $W_1$", xlabel="step", xscale="log")
         row[1].set(ylabel=r"$\log \sigma_k$ of the embedding", xlabel="step", xscale="log")
-        shown = row[2].imshow(r["alignment"], vmin=0, vmax=1, cmap="cividis")
+        shown = row[2].imshow(r["alignment"], vmin=0, vmax=1, cmap="cividis",
+                              extent=(0.5, WIDTH + 0.5, WIDTH + 0.5, 0.5))
         row[2].set(title=r"$|V_2^T U_1|$ at the end", xlabel="k", ylabel="k'")
         row[2].figure.colorbar(shown, ax=row[2])
 
