@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 import simclr  # noqa: E402
 
 
-def start(*flags, **options):
+def start(*flags, extra=None, **options):
     command = [sys.executable, str(ROOT / "simclr.py"), *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(extra or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment, **options)
 
@@ -125,6 +125,9 @@ def proportional(pid):
     return total
 
 
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc keeps freed blocks to itself otherwise
+
+
 def memory(folder, args):
     images, _ = simclr.draw_shapes(100, 1, size=64)
     (folder / "one").mkdir()
@@ -138,7 +141,7 @@ def memory(folder, args):
                 os.link(folder / "one" / f"{i % 100}.jpg", root / split / "a" / f"image-{i}.jpg")
         flags = ["--data", root, "--arch", "convnet", "--dim", "32", "--batch-size", "64", "--stream",
                  "--steps", "30", "--epochs", "1", "--workers", "2", "--image-size", "64"]
-        process = start(*flags, "--out", folder / f"run-{n}")
+        process = start(*flags, "--out", folder / f"run-{n}", extra=GIVE_BACK)
         peaks, phase = {"evaluation": 0, "training": 0}, "evaluation"
         while process.poll() is None:
             if phase == "evaluation" and step(folder / f"run-{n}") == 0:
@@ -148,7 +151,7 @@ def memory(folder, args):
             peaks[phase] = max(peaks[phase], proportional(process.pid))
             time.sleep(0.05)
         process.communicate()
-        print(f"memory: {n:,} images streamed, peak of process and workers "
+        print(f"memory: {n:,} images streamed, with {GIVE_BACK}, peak of process and workers "
               f"{peaks['training'] / 2**20:.0f} MiB in training, "
               f"{peaks['evaluation'] / 2**20:.0f} MiB in evaluation, which holds "
               f"{n * 256 * 4 / 2**20:.0f} MiB of representations", flush=True)
