@@ -322,9 +322,11 @@ def fetch(images, batches, device):
         for error in sorted(set("\n".join(errors).split("\n")) - images.unreadable - {""}):
             images.unreadable.add(error)
             count = f"{len(images.unreadable)} of at most {images.limit}, --max-unreadable"
-            if len(images.unreadable) > images.limit or index.min() < 0:
+            if len(images.unreadable) > images.limit:
                 fail(f"{error} ({count})")
             print(f"skipped: {error} ({count})", file=sys.stderr)
+        if index.min() < 0:
+            fail(f"no image near it is readable either: {min(images.unreadable)}")
         yield batch.to(device, non_blocking=True), index
 
 
@@ -826,7 +828,8 @@ def load_run(name, folder, options, cache):
     for key in ("data", "data_dir"):
         if getattr(options, key):
             setattr(args, key, getattr(options, key))
-    key = (args.data, args.data_dir, args.image_size, args.holdout)
+    key = (args.data, args.data_dir, args.image_size, args.holdout, args.stream,
+           args.max_unreadable, tuple(args.crop))
     if key not in cache:
         cache.clear()
         cache[key] = load_data(args)
@@ -857,9 +860,10 @@ def read_final(folder):
 
 @torch.no_grad()
 def embed(run, images, device):
-    """h (n, F) and z (n, D), float32 on the CPU, of images (n, 3, S, S), uint8 or float."""
-    out, done = None, 0
-    for x, _ in fetch(images, whole_batches(len(images)), device):
+    """h (n, F) and z (n, D), float32 on the CPU, of images (n, 3, S, S), uint8 or float, and their
+    index (n,): the next readable image takes the place of an unreadable one."""
+    out, done, where = None, 0, []
+    for x, index in fetch(images, whole_batches(len(images)), device):
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         h = run.model.backbone(x.contiguous(memory_format=torch.channels_last))
         pair = h, run.model.head(h)
@@ -868,7 +872,8 @@ def embed(run, images, device):
         for whole, part in zip(out, pair):
             whole[done : done + len(x)] = part
         done += len(x)
-    return out
+        where.append(index)
+    return *out, torch.cat(where)
 
 
 def spread(n, k):
@@ -903,14 +908,15 @@ def examine(run, wanted, options):
     final = {name: run.final.get(name) for name in ("knn", "linear", "online", "rank", "seconds")}
     result = {"script": run.args.script, "method": getattr(run.args, "method", run.args.script),
               "head": run.args.head, "data": run.args.data, "images": len(images), "final": final}
-    spaces = dict(zip(("representation", "embedding"), embed(run, images, options.device)))
+    h, z, where = embed(run, images, options.device)
+    spaces = {"representation": h, "embedding": z}
     if "nearest" in wanted:
-        result["nearest"] = nearest(spaces["representation"], labels, options.queries,
-                                    options.neighbours)
+        result["nearest"] = nearest(h, labels[where], options.queries, options.neighbours)
     pairs = []
     if wanted & {"duality", "compare"}:
         few = images[spread(len(images), 1000)]
-        pairs = zip(*[embed(run, view, options.device) for view in views(run, few, options.device)])
+        pairs = zip(*[embed(run, view, options.device)[:2]
+                      for view in views(run, few, options.device)])
     for (space, z), pair in zip(spaces.items(), [*pairs] or [None, None]):
         if not z.isfinite().all():
             fail(f"{run.name}: the {space} of the test images is not finite")

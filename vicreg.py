@@ -297,9 +297,11 @@ def fetch(images, batches, device):
         for error in sorted(set("\n".join(errors).split("\n")) - images.unreadable - {""}):
             images.unreadable.add(error)
             count = f"{len(images.unreadable)} of at most {images.limit}, --max-unreadable"
-            if len(images.unreadable) > images.limit or index.min() < 0:
+            if len(images.unreadable) > images.limit:
                 fail(f"{error} ({count})")
             print(f"skipped: {error} ({count})", file=sys.stderr)
+        if index.min() < 0:
+            fail(f"no image near it is readable either: {min(images.unreadable)}")
         yield batch.to(device, non_blocking=True), index
 
 
@@ -746,8 +748,9 @@ def capability(device):
 def join_processes(args):
     """Join the processes that torchrun started along with this one, if it did; as processes()."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size} is for all processes, and {world} do not divide it")
+    if args.batch_size % world or args.batch_size < 2 * world:
+        fail(f"--batch-size {args.batch_size} is for all processes: a multiple of their number, "
+             f"{world}, and two images each")
     if world > 1 and not dist.is_initialized():  # NCCL for GPUs, gloo for CPUs
         dist.init_process_group(timeout=datetime.timedelta(hours=3))
     return processes()
@@ -974,7 +977,7 @@ def parse_args(argv=None):
     add("--stream", action=argparse.BooleanOptionalAction,
         help="read a folder's images when they are needed; default: where they take over 4 GiB")
     add("--max-unreadable", type=number(int, 0), default=0,
-        help="images of a folder that may be unreadable; they are named and skipped")
+        help="unreadable images of a folder that are named and skipped, by each process")
     add("--holdout", type=number(int, 0), default=0,
         help="evaluate on this many training images, held out, instead of the test set")
     add("--arch", choices=("convnet", "resnet18", "resnet34", "resnet50"),
@@ -1010,7 +1013,7 @@ def parse_args(argv=None):
     add("--eval-every", type=number(int, 1), help="epochs between kNN; default: a tenth of all")
     add("--save-every", type=number(float, 0), default=60.0, help="seconds between checkpoints")
     add("--workers", type=number(int, 1), help="processes that read a folder for each that trains",
-        default=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        default=min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1))
     args = complete(parser.parse_args(argv))
     if args.resume is None and args.out and (Path(args.out) / "last.pt").exists():
         fail(f"--out {args.out} holds a run; choose another, or --resume {args.out} to go on")
@@ -1069,7 +1072,7 @@ def evaluate(model, data, device, linear):
     """Measure the frozen representation on the test images; a dict of accuracies in percent.
 
     knn; online, the probe trained along; rank, the effective rank; linear, if asked. Parameters and
-    buffers stay as they are.
+    the first process's buffers stay as they are.
     """
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # on CPUs each process has BatchNorm's statistics of its own
@@ -1135,8 +1138,9 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
     first, last = state["step"], min(steps, args.steps or steps)
     view, network = augment, model
     if args.compile or (args.compile is None and capability(device) >= 7):
-        model.compile()
         view = torch.compile(augment)
+        if args.compile or not dist.is_initialized():  # SyncBatchNorm would break it to pieces
+            model.compile()
     if dist.is_initialized():
         network = nn.parallel.DistributedDataParallel(model)
     start = shown = saved = epoch_start = time.time()
@@ -1264,7 +1268,7 @@ def main(argv=None):
     n, size = len(data.train_images), data.train_images.shape[-1]
     if n < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {n} training images")
-    if device.type == "cuda" and data.train_images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and data.train_images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         data = Data(*(part.to(device) for part in data[:4]), data.classes)
     torch.manual_seed(derive_seed(args.seed, 0))
     asked = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
@@ -1318,6 +1322,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except OSError as error:  # a full disk, say
         fail(error)
     except KeyboardInterrupt:

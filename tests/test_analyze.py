@@ -190,7 +190,7 @@ def test_every_method_and_head_is_read(runs):
         for part in ("backbone", "head", "probe"):
             getattr(model, part).load_state_dict(checkpoint[part])
         images = run.data.test_images
-        h, z = analyze.embed(run, images, "cpu")
+        h, z, _ = analyze.embed(run, images, "cpu")
         with torch.no_grad():
             expected = model.eval().backbone(images.float() / 255)
             torch.testing.assert_close(h, expected)
@@ -223,7 +223,7 @@ def test_all_commands_write_numbers_and_figures(runs, tmp_path, capsys):
         assert float(row["rank h"]) == r["representation"]["effective_rank"]
         assert float(row["L_c"]) == r["embedding"]["duality"]["samples"]["unit"]
     run = analyze.load_run("a", chosen[0], options("spectrum", chosen[0]), {})
-    h, z = analyze.embed(run, run.data.test_images, "cpu")
+    h, z, _ = analyze.embed(run, run.data.test_images, "cpu")
     first = results[chosen[0].name]
     assert first["embedding"]["singular_values"] == analyze.spectrum(z).tolist()
     assert first["representation"]["duality"] == analyze.duality(h)
@@ -240,7 +240,7 @@ def test_flags(runs, tmp_path):
     folder = runs / "simclr-head-mlp"
     run = analyze.load_run("a", folder, options("spectrum", folder), {})
     flags = ["spectrum", str(folder), "--out", str(tmp_path), "--figure", "png", "--limit", "30"]
-    _, z = analyze.embed(run, run.data.test_images[torch.linspace(0, 39, 30).long()], "cpu")
+    _, z, _ = analyze.embed(run, run.data.test_images[torch.linspace(0, 39, 30).long()], "cpu")
     for extra, expected in (([], analyze.spectrum(z)), (["--raw"], analyze.spectrum(z, False)),
                             (["--center"], analyze.spectrum(z - z.mean(0)))):
         (found,) = analyze.main(flags + extra).values()
