@@ -139,8 +139,9 @@ def memory(folder, args):
             (root / split / "a").mkdir(parents=True)
             for i in range(count):  # hard links: many paths, little disk
                 os.link(folder / "one" / f"{i % 100}.jpg", root / split / "a" / f"image-{i}.jpg")
-        flags = ["--data", root, "--arch", "convnet", "--dim", "32", "--batch-size", "64", "--stream",
-                 "--steps", "30", "--epochs", "1", "--workers", "2", "--image-size", "64"]
+        flags = ["--data", root, "--arch", "convnet", "--dim", "32", "--batch-size", "64",
+                 "--stream", "--steps", "30", "--epochs", "1", "--workers", "2", "--image-size",
+                 "64"]
         process = start(*flags, "--out", folder / f"run-{n}", extra=GIVE_BACK)
         peaks, phase = {"evaluation": 0, "training": 0}, "evaluation"
         while process.poll() is None:

@@ -1,4 +1,4 @@
-"""Folders of images: read into memory or streamed, crops as torchvision's, odd and damaged files."""
+"""Folders of images: in memory or streamed, crops as torchvision's, odd and damaged files."""
 
 import os
 import re
