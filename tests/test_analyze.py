@@ -442,13 +442,13 @@ def test_toy_depth_collapses_with_depth():
 
 def test_toy_command(tmp_path, capsys):
     """Tables, JSON and figures of all three; the same seed gives the same numbers."""
-    for _ in range(2):
-        analyze.main(["toy", "--steps", "20", "--out", str(tmp_path), "--figure", "png"])
-        found = [(tmp_path / f"toy-{name}.json").read_text() for name in analyze.TOYS]
+    for experiments in ([], ["augmentation", "layers"]):
+        flags = [*experiments, "--steps", "20", "--out", str(tmp_path), "--figure", "png"]
+        analyze.main(["toy", *flags, "--seed", "0"])
+        found = [json.loads((tmp_path / f"toy-{name}.json").read_text())["results"]
+                 for name in analyze.TOYS]
+        first = found if not experiments else first
+        assert found == first
         assert all((tmp_path / f"toy-{name}.png").exists() for name in analyze.TOYS)
-    first = found
-    analyze.main(["toy", "depth", "--steps", "20", "--out", str(tmp_path), "--seed", "0"])
-    assert json.loads(first[2])["results"] == json.loads(
-        (tmp_path / "toy-depth.json").read_text())["results"]
     output = capsys.readouterr().out
     assert "toy layers: 20 steps, seed 0" in output and "below -8" in output

@@ -105,7 +105,7 @@ def test_identical_runs_give_identical_weights(finished, tmp_path):
     assert not equal_weights(out, tmp_path / "other")
 
 
-@pytest.mark.parametrize("step", [2, 4, 5, 8, 11])
+@pytest.mark.parametrize("step", [4, 5, 11])
 def test_resume_after_a_crash(finished, tmp_path, step, monkeypatch, capsys):
     """A run that dies in step `step` + 1 and goes on ends with the uninterrupted run's weights."""
     method, out, flags, _ = finished
