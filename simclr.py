@@ -698,6 +698,9 @@ def choose_device(args):
     Float32 on a GPU keeps PyTorch's defaults: convolutions in TF32, matrix products in full. Of
     several processes on a machine each takes the GPU of its local rank.
     """
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device here; leave the flag out or say cpu")
@@ -914,8 +917,8 @@ def catch_signals(run):
 
 
 # ==== 9. Training [shared] ========================================================================
-FREE = ("data", "data_dir", "device", "compile", "eval_every", "save_every", "workers",
-        "max_unreadable")
+FREE = ("data", "data_dir", "device", "compile", "deterministic", "eval_every", "save_every",
+        "workers", "max_unreadable")
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -989,6 +992,8 @@ def parse_args(argv=None):
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
         help="auto: bf16 or fp16 on a GPU, whichever it does well, fp32 on a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    add("--deterministic", action="store_true",
+        help="slower kernels that repeat a run bit for bit on a GPU too; a warning tells of others")
     add("--eval-every", type=number(int, 1), help="epochs between kNN; default: a tenth of all")
     add("--save-every", type=number(float, 0), default=60.0, help="seconds between checkpoints")
     add("--workers", type=number(int, 1), help="processes that read a folder for each that trains",
@@ -1293,6 +1298,8 @@ def main(argv=None):
         save(weights, run.folder / "backbone.pt")
     metrics = evaluate(model, data, device, linear=True)
     metrics |= {**state["untrained"], "step": state["step"], "seconds": round(state["seconds"], 1)}
+    if device.type == "cuda":
+        metrics["peak_mib"] = torch.cuda.max_memory_allocated(device) >> 20
     run.log({"final": True, **metrics})
     run.print(summary("trained", metrics) + f"  online {metrics['online']:.1f}")
     return metrics

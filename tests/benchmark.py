@@ -1,15 +1,22 @@
 """Print, side by side in one run on whatever device is there, what the scripts cost:
 
 (a) the full training step against the bare forward and backward pass on a constant batch
-(b) the augmentation against torchvision's, image by image, with all cores
+(b) the augmentation, and training with it, against torchvision's, image by image on all cores
 (c) VICReg's loss against the official D x D form, in time and peak memory
 (d) a streamed folder against a bare DataLoader that decodes and crops the same images
+(e) analyze.py's measures of 50,000 embeddings of 8192 dimensions, time and peak memory: a quarter
+    of an hour on two cores, so only where --parts names it
+(f) the losses of the first steps in each precision
+(g) the operations that take most of a step
 
-python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512] [--parts abcd]
+Tables are Markdown.
+
+python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512 1024] [--parts abcdfg]
 """
 
 import argparse
 import ctypes
+import importlib
 import os
 import platform
 import statistics
@@ -23,6 +30,7 @@ import torchvision
 import torchvision.transforms.v2 as v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import analyze  # noqa: E402
 import simclr  # noqa: E402
 import vicreg  # noqa: E402
 
@@ -74,51 +82,82 @@ def status(name):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
-def show(name, times, note=""):
-    median, least, most = (1000 * t for t in times)
-    print(f"  {name:44s} {median:9.2f} ms  ({least:.2f} to {most:.2f})  {note}", flush=True)
+def table(*columns):
+    """Begin a Markdown table; row() goes on with it: what is printed can stand in the README."""
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
 
 
-def full_step(script, device, args):
-    """(a) Functions for the full step, the bare pass and the augmentation of a script's method."""
-    flags = ["--arch", args.arch, "--batch-size", str(args.batch_size), "--device", str(device),
-             "--precision", args.precision, *args.flags.get(script.METHOD, [])]
-    run = script.parse_args(flags)
-    _, dtype = script.choose_device(run)
-    model = script.Model(run, 32, 10).to(device, memory_format=torch.channels_last)
-    optimizer = script.build_optimizer(model, run)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    view = script.augment
-    if device.type == "cuda":
-        model.compile()
-        view = torch.compile(script.augment)
-    images, labels = (part.to(device) for part in script.draw_shapes(args.batch_size, 1))
-    views = [images.float().div(255).contiguous(memory_format=torch.channels_last)] * 2
+def row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
-    def step():
-        script.train_step(model, optimizer, scaler, view, images, labels, run, dtype)
 
-    def bare():
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            z1, z2, _ = model(*views)
+def mebibytes(size):
+    return "unknown" if size is None else f"{size / 2**20:,.0f}"
+
+
+class Steps:
+    """One script's method ready to train: its full step, its bare passes, its augmentation."""
+
+    def __init__(self, name, flags, batch_size, device, args):
+        script = self.script = importlib.import_module(name)
+        run = self.run = script.parse_args([
+            "--arch", args.arch, "--batch-size", str(batch_size), "--device", str(device),
+            "--precision", args.precision, *flags])
+        _, self.dtype = script.choose_device(run)
+        torch.manual_seed(0)
+        self.model = script.Model(run, 32, 10).to(device, memory_format=torch.channels_last)
+        self.optimizer = script.build_optimizer(self.model, run)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.view = script.augment
+        if device.type == "cuda":
+            self.model.compile()
+            self.view = torch.compile(script.augment)
+        data = script.draw_shapes(batch_size, 1)
+        self.images, self.labels = (part.to(device) for part in data)
+        x = self.images.float().div(255).contiguous(memory_format=torch.channels_last)
+        self.views = [x, x]
+
+    def step(self):
+        return self.script.train_step(self.model, self.optimizer, self.scaler, self.view,
+                                      self.images, self.labels, self.run, self.dtype)
+
+    def bare(self):
+        self.model.zero_grad(set_to_none=True)
+        device = self.images.device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
+            z1, z2, _ = self.model(*self.views)
         (z1.float().sum() + z2.float().sum()).backward()
 
-    def augment():
-        draws = torch.rand(2, len(images), script.DRAWS, device=device)
-        return [view(images, draws[i], i, run) for i in (0, 1)]
+    def augment(self):
+        draws = torch.rand(2, len(self.images), self.script.DRAWS, device=self.images.device)
+        return [self.view(self.images, draws[i], i, self.run) for i in (0, 1)]
 
-    return step, bare, augment
+    def given(self, views):
+        """The full step on two views that are made already, float (N, 3, S, S) on the device."""
+        return self.script.train_step(
+            self.model, self.optimizer, self.scaler, lambda x, draws, i, *rest: views[i],
+            self.images, self.labels, self.run, self.dtype)
 
 
 def part_a(device, args):
-    print(f"(a) {args.arch}, 32 px, batches of {args.batch_size}, precision {args.precision}")
-    epoch = 50_000 / args.batch_size
-    for script in (simclr, vicreg):
-        step, bare, augment = time_in_turn(device, full_step(script, device, args), args.rounds)
-        show(f"{script.METHOD}: full step", step, f"{epoch * step[0]:.1f} s for 50,000 images")
-        show(f"{script.METHOD}: bare passes", bare, f"step / bare {step[0] / bare[0]:.3f}")
-        show(f"{script.METHOD}: augmentation", augment, f"of the step {augment[0] / step[0]:.3f}")
+    print("\n(a) First step: with compilation on a GPU. Epoch: of 50,000 images, steps alone.")
+    table("script", "batch", "ms a step", "ms bare passes", "step / bare", "augmentation / step",
+          "s an epoch", "peak MiB", "s first step")
+    wide = ["--dim", str(args.dim)]
+    for batch in args.batch_size:
+        for name, flags in (("simclr", []), ("simclr", ["--head", "expander", *wide]),
+                            ("vicreg", wide), ("directclr", []), ("interpolate", [])):
+            steps = Steps(name, flags, batch, device, args)
+            start = time.perf_counter()
+            steps.step()
+            synchronize(device)
+            first = time.perf_counter() - start
+            full, bare, augment = (seconds for seconds, _, _ in time_in_turn(
+                device, [steps.step, steps.bare, steps.augment], args.rounds))
+            row(f"`{' '.join([name + '.py', *flags])}`", batch, f"{1000 * full:.1f}",
+                f"{1000 * bare:.1f}", f"{full / bare:.2f}", f"{augment / full:.2f}",
+                f"{50_000 / batch * full:.1f}", mebibytes(peak_memory(device, steps.step)),
+                f"{first:.1f}")
 
 
 class TwoViews(torch.utils.data.Dataset):
@@ -140,30 +179,41 @@ class TwoViews(torch.utils.data.Dataset):
 
 
 def part_b(device, args):
-    cores = os.cpu_count()
-    print(f"(b) two views of each image on {device} against torchvision v2 in {cores} workers")
-    for size, n in ((32, 512), (96, 256)):
+    cores, batch = os.cpu_count(), args.batch_size[0]
+    print(f"\n(b) Two views of each image on {device}, against torchvision v2 in a DataLoader of "
+          f"{cores} workers;\nthe training is simclr.py's, fed by either.")
+    table("px", "", "images/s, ours", "images/s, torchvision", "ratio")
+    for size in (32, 96):
         run = simclr.parse_args(["--data", "shapes"])
-        images = simclr.draw_shapes(n, 1, size)[0].to(device)
+        images = simclr.draw_shapes(batch, 1, size)[0].to(device)
 
         def ours():
-            draws = torch.rand(2, n, simclr.DRAWS, device=device)
+            draws = torch.rand(2, batch, simclr.DRAWS, device=device)
             for i in (0, 1):
                 simclr.augment(images, draws[i], i, run)
 
-        (seconds, _, _), = time_in_turn(device, [ours], args.rounds)
-        mine = n / seconds
-        batch, batches = 32, 20 * cores
-        dataset = TwoViews(images.cpu().repeat(batch * 24 * cores // n + 1, 1, 1, 1))
-        loader = iter(torch.utils.data.DataLoader(dataset, batch, num_workers=cores))
-        for _ in range(3 * cores):  # the start, and what the workers have made ahead, do not count
-            next(loader)
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(loader)
-        theirs = batch * batches / (time.perf_counter() - start)
-        print(f"  {size} px: ours {mine:,.0f} images/s, torchvision {theirs:,.0f} images/s, "
-              f"ratio {mine / theirs:.1f}", flush=True)
+        def theirs(part, count, work):
+            """Images/s of count batches of part, after those that were made ahead."""
+            copies = part * (4 * cores + count) // batch + 1
+            dataset = TwoViews(images.cpu().repeat(copies, 1, 1, 1))
+            loader = iter(torch.utils.data.DataLoader(
+                dataset, part, num_workers=cores, pin_memory=device.type == "cuda"))
+            for i in range(4 * cores + count):
+                if i == 4 * cores:
+                    synchronize(device)
+                    start = time.perf_counter()
+                work([view.to(device, non_blocking=True) for view in next(loader)])
+            synchronize(device)
+            return part * count / (time.perf_counter() - start)
+
+        mine = batch / time_in_turn(device, [ours], args.rounds)[0][0]
+        other = theirs(32, 20 * cores, lambda views: None)
+        row(size, "augmentation", f"{mine:,.0f}", f"{other:,.0f}", f"{mine / other:.1f}")
+        if size == 32:
+            steps = Steps("simclr", [], batch, device, args)
+            mine = batch / time_in_turn(device, [steps.step], args.rounds)[0][0]
+            other = theirs(batch, 2 * args.rounds, steps.given)
+            row(size, "training", f"{mine:,.0f}", f"{other:,.0f}", f"{mine / other:.1f}")
 
 
 def official_covariance(z):
@@ -183,7 +233,8 @@ def official_loss(z1, z2):
 
 
 def part_c(device, args):
-    print("(c) VICReg's loss, forward and backward, float32: ours against the D x D form")
+    print("\n(c) VICReg's loss, forward and backward, float32: ours against the D x D form.")
+    table("N", "D", "ms, ours", "ms, D x D", "ratio", "peak MiB, ours", "peak MiB, D x D")
     for n in (256, 512):
         for dim in (512, 2048, 8192):
             z1, z2 = (torch.randn(n, dim, device=device, requires_grad=True) for _ in range(2))
@@ -197,10 +248,8 @@ def part_c(device, args):
             rounds = args.rounds if device.type == "cuda" else 3
             (mine, _, _), (other, _, _) = time_in_turn(device, [ours, theirs], rounds)
             memory = [peak_memory(device, f) for f in (ours, theirs)]
-            used = "memory unknown" if None in memory else (
-                f"peak {memory[0] / 2**20:7.1f} and {memory[1] / 2**20:7.1f} MiB")
-            print(f"  N {n}  D {dim:5d}  {1000 * mine:8.2f} and {1000 * other:8.2f} ms  "
-                  f"ratio {other / mine:6.1f}  {used}", flush=True)
+            row(n, dim, f"{1000 * mine:.1f}", f"{1000 * other:.1f}", f"{other / mine:.1f}",
+                *map(mebibytes, memory))
 
 
 class BareCrops(torch.utils.data.Dataset):
@@ -221,7 +270,7 @@ class BareCrops(torch.utils.data.Dataset):
 
 def part_d(device, args):
     cores, n, batch = os.cpu_count(), 3200, 64
-    print(f"(d) streaming JPEGs of 500 x 375 px, two crops of 224 px each, {cores} workers")
+    print(f"\n(d) Streaming JPEGs of 500 x 375 px, two crops of 224 px each, {cores} workers.")
     with tempfile.TemporaryDirectory() as folder:
         generator, paths = torch.Generator().manual_seed(0), []
         for i in range(100):
@@ -254,9 +303,71 @@ def part_d(device, args):
                     count += len(x)
                 mine.append(count / (time.perf_counter() - start))
         mine, theirs = map(statistics.median, speeds)
-        print(f"  ours {mine:,.0f} images/s {[round(s) for s in speeds[0]]}, bare DataLoader "
-              f"{theirs:,.0f} images/s {[round(s) for s in speeds[1]]}, ratio {mine / theirs:.2f}",
-              flush=True)
+        table("", "images/s", "rounds")
+        for name, rounds in zip(("ours", "bare DataLoader"), speeds):
+            row(name, f"{statistics.median(rounds):,.0f}", ", ".join(f"{r:,.0f}" for r in rounds))
+        row("ratio", f"{mine / theirs:.2f}", "")
+
+
+def part_e(device, args):
+    n, dim = 50000, 8192
+    z, generator = torch.empty(n, dim), torch.Generator().manual_seed(0)
+    scales = torch.exp(-torch.linspace(0, 8, dim))  # a spectrum that falls, as of trained networks
+    for part in z.split(1000):
+        part.copy_(torch.randn(part.shape, generator=generator) * scales)
+    print(f"\n(e) {n:,} embeddings of {dim} dimensions, {z.nbytes / 2**30:.2f} GiB, on the CPU.")
+    table("function", "s", "peak GiB of the whole process", "residual of Theorem 3.3")
+    for function in (analyze.effective_rank, analyze.spectrum, analyze.duality):
+        start = time.perf_counter()
+        result = function(z)
+        row(f"`{function.__name__}`", f"{time.perf_counter() - start:.0f}",
+            f"{status('VmHWM') / 2**30:.2f}",
+            f"{result['residual']:.0e}" if isinstance(result, dict) else "")
+
+
+def part_f(device, args):
+    steps = 50
+    print(f"\n(f) The first {steps} losses in each precision, of the same images and draws:\n"
+          "largest difference from float32's over the loss.")
+    table("script", "bf16", "fp16")
+    for name in ("simclr", "vicreg", "directclr", "interpolate"):
+        losses = {}
+        for precision in ("fp32", "bf16", *(["fp16"] if device.type == "cuda" else [])):
+            mine = argparse.Namespace(**{**vars(args), "precision": precision})
+            training = Steps(name, ["--lr", "0.03"], args.batch_size[0], device, mine)
+            found = []
+            for step in range(steps):
+                torch.manual_seed(step)
+                found.append(training.step()["loss"])
+            losses[precision] = torch.stack(found)
+        row(f"`{name}.py`", *(f"{((losses[p] - losses['fp32']) / losses['fp32']).abs().max():.1e}"
+                              if p in losses else "" for p in ("bf16", "fp16")))
+
+
+def part_g(device, args):
+    batch, rounds = args.batch_size[0], 5
+    print(f"\n(g) The largest costs of simclr.py's step, batches of {batch}, by torch.profiler.")
+    steps = Steps("simclr", [], batch, device, args)
+    for _ in range(3):
+        steps.step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(rounds):
+            steps.step()
+        synchronize(device)
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda e: getattr(e, kind), reverse=True)
+    total = sum(getattr(event, kind) for event in events)
+    table("kernel", "ms a step", "share", "calls a step")
+    for event in events[:10]:
+        spent = getattr(event, kind)
+        row(f"`{event.key[:60]}`", f"{spent / 1000 / rounds:.2f}", f"{spent / total:.3f}",
+            f"{event.count / rounds:g}")
+
+
+PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e, "f": part_f, "g": part_g}
 
 
 def main():
@@ -264,24 +375,25 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arch", help="default: resnet18 on a GPU, convnet on a CPU")
-    parser.add_argument("--batch-size", type=int, help="default: 512 on a GPU, 256 on a CPU")
+    parser.add_argument("--batch-size", type=int, nargs="+",
+                        help="default: 512 1024 on a GPU, 256 on a CPU; parts but (a): the first")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     parser.add_argument("--rounds", type=int, help="timed rounds; default: 50 on a GPU, 5 on a CPU")
-    parser.add_argument("--dim", type=int, default=2048, help="VICReg's D in (a)")
-    parser.add_argument("--parts", default="abcd", help="which of a, b, c, d to run")
+    parser.add_argument("--dim", type=int, default=2048, help="D of VICReg and the expander in (a)")
+    parser.add_argument("--parts", default="abcdfg", help="which of a to g to run")
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     args.arch = args.arch or ("resnet18" if gpu else "convnet")
-    args.batch_size = args.batch_size or (512 if gpu else 256)
+    args.batch_size = args.batch_size or ([512, 1024] if gpu else [256])
     args.rounds = args.rounds or (50 if gpu else 5)
-    args.flags = {"vicreg": ["--dim", str(args.dim)]}
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
     print(f"{where}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, torchvision {torchvision.__version__}", flush=True)
-    for part, function in (("a", part_a), ("b", part_b), ("c", part_c), ("d", part_d)):
-        if part in args.parts:
-            function(device, args)
+          f"{torch.__version__}, torchvision {torchvision.__version__}\n{args.arch}, 32 px, "
+          f"precision {args.precision}; median of {args.rounds} rounds in turn\n"
+          f"python {' '.join(sys.argv)}")
+    for name in args.parts:
+        PARTS[name](device, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What the README says can be done: its commands parse, its ImageNet recipes run."""
 
 import importlib
-import json
 import re
 import shlex
 import subprocess
@@ -11,6 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 from family import TRAINING
+from test_runs import TINY
+
+import tables
 
 README = (ROOT / "README.md").read_text()
 METHODS = [name.removesuffix(".py") for name in TRAINING]
@@ -83,32 +85,52 @@ def test_diff_counts():
         assert len(out.splitlines()) == int(re.search(count, README)[1])
 
 
-def rows():
-    """Every row of a table that links a log: (log, {column: cell})."""
-    columns = []
-    for line in README.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("|---"):
-            continue
-        if line.startswith("|") and "log" in cells:
-            columns = cells
-        for log in re.findall(r"\[log\]\((tests/results/\S+\.jsonl)\)", line):
-            if line.startswith("|"):
-                yield log, dict(zip(columns, cells))
-
-
 def test_tables_are_their_logs():
-    """Accuracies, effective rank and seconds of every row are the last line of the log it links."""
-    found = [*rows()]
-    assert len(found) >= 45
-    for log, cells in found:
-        first, *_, final = map(json.loads, (ROOT / log).read_text().splitlines())
-        names = {"kNN": "knn", "linear": "linear", "online": "online", "effective rank": "rank"}
-        for column, name in names.items():
-            assert cells[column] == f"{final[name]:.1f}", (log, column)
-        if "training" in cells:
-            assert cells["training"] == f"{final['seconds']:.0f} s", log
-        variant = re.search(r"`([a-z-]+)`", next(iter(cells.values())))
-        if variant:
-            assert first["args"]["method" if first["method"] == "interpolate" else "head"] == (
-                variant[1]), log
+    """Each table of results is what its logs give, and every log that is kept stands in one."""
+    assert README == tables.write(README)
+    shown = set(re.findall(r"\]\((tests/results/\S+\.jsonl)\)", README))
+    kept = {str(path.relative_to(ROOT)) for path in tables.RESULTS.rglob("*.jsonl")}
+    assert shown == kept and len(kept) >= 45
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_logs_are_of_their_commands(name):
+    """Every command of a table parses, and the log that it left holds its arguments."""
+    for row in tables.TABLES[name]:
+        for log, command in tables.runs(row):
+            file, *flags = command.split()
+            script = importlib.import_module(file.removesuffix(".py"))
+            args, records = script.parse_args(flags), tables.read(log)
+            if records:
+                script.Model(args, records[0]["image_size"], 10)  # which fills in what is left open
+                kept = records[0]["args"]
+                free = {"out", "resume", "steps", "workers"}
+                assert records[0]["method"] == script.METHOD
+                assert {k: v for k, v in kept.items() if k not in free} == {
+                    k: v for k, v in vars(args).items() if k in kept and k not in free}, log
+
+
+def test_tables_are_trained_and_written(image_folder, tmp_path, monkeypatch, capfd):
+    """Two seeds of a row, one of them stopped before and gone on with, and one that fails."""
+    flags = f"simclr.py --data {image_folder} {' '.join(TINY)} --steps 4"
+    rows = [tables.Row("`good`", flags, "some/good", "68", 2),
+            tables.Row("`bad`", f"{flags} --arch vgg", "some/bad")]
+    monkeypatch.setattr(tables, "TABLES", {"some": rows, "none": [rows[1]]})
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "RUNS", tmp_path / "runs")
+    simclr = importlib.import_module("simclr")
+    simclr.main([*flags.split()[1:-2], "--steps", "2", "--out", str(tmp_path / "runs/some/good")])
+    assert tables.train(["some"], 2, 10) == 1
+    assert "invalid choice: 'vgg'" in capfd.readouterr().out
+    finals = [tables.read(name)[-1] for name in ("some/good", "some/good-seed1")]
+    assert [final["step"] for final in finals] == [4, 4] and not tables.read("some/bad")
+    text = tables.write("a\n<!-- table: some -->\n\n| old |\n\nb\n<!-- table: none -->\n\nc\n")
+    assert text.startswith("a\n<!-- table: some -->\n\n|  | kNN | ") and "old" not in text
+    assert text.endswith("|\n\nb\n<!-- table: none -->\n\nc\n") and text == tables.write(text)
+    mean = sum(final["knn"] for final in finals) / 2
+    spread = abs(finals[0]["knn"] - finals[1]["knn"]) / 2**0.5
+    (line,) = [line for line in text.splitlines() if "`good`" in line]
+    assert f"| {mean:.1f} ± {spread:.1f} |" in line and "| 68 |" in line
+    assert "(tests/results/some/good-seed1.jsonl)" in line and "`bad`" not in text
+    tables.train(["some"], 1, 0)  # what is finished is not trained again, and there is no time
+    assert "1 runs to train" in capfd.readouterr().out

@@ -1,0 +1,192 @@
+"""The README's tables of results: the runs that make them, and what their logs say.
+
+python tests/tables.py list                      each table's runs, and which have no log yet
+python tests/tables.py run TABLE [TABLE ...]     train what has no log; goes on after a stop
+python tests/tables.py write                     bring the README's tables up to their logs
+
+A run's folder is runs/tables/NAME; its log, once finished, tests/results/NAME.jsonl. In the README
+a table follows a line <!-- table: TABLE -->.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT
+
+import directclr
+import interpolate
+
+RESULTS, RUNS, README = ROOT / "tests" / "results", ROOT / "runs" / "tables", ROOT / "README.md"
+
+# label: the row's first cell; published: top-1 on ImageNet, ResNet-50, 100 epochs; seeds: how many
+Row = collections.namedtuple("Row", "label command name published seeds", defaults=("", 1))
+PUBLISHED = {  # Garrido et al. 2023, Tables 1 and 4; Jing et al. 2022, Tables 1 and 2
+    "vicreg": "68.1", "vicreg-exp": "68.0", "vicreg-ctr": "67.9", "simclr": "68.6",
+    "simclr-abs": "68.7", "slice": "62.7", "none": "51.5", "linear": "61.1", "mlp": "66.5",
+    "diagonal": "60.2", "orthogonal": "52.2", "lowrank": "62.3", "random": "43.0"}
+JPEG = "--data data/cifar10_jpeg --arch convnet"
+SHORT = f"{JPEG} --epochs 2 --batch-size 128 --eval-every 2 --precision bf16"
+
+
+def variants(script, flags, name):
+    """A row for every method of interpolate.py or head of directclr.py."""
+    return [Row(f"`{value}`", f"{script.METHOD}.py {flags} --{script.VARIANT} {value}",
+                f"{name}/{value}", PUBLISHED.get(value, "")) for value in script.VARIANTS]
+
+
+def on_a_gpu(data, name):
+    """The tables on CIFAR-10, ResNet-18: methods, path, heads, dimensions."""
+    def row(command, name, seeds=1):
+        return Row(f"`python {command}`", f"{command} --data {data}", name, "", seeds)
+
+    expander = "--head expander --temperature 0.15"
+    return {
+        name: [row(f"{script} --epochs {epochs}", f"{name}/{script.split('.')[0]}-{epochs}", 3)
+               for epochs in (100, 200) for script in ("simclr.py", "vicreg.py --dim 8192")],
+        f"{name}-path": variants(interpolate, f"--data {data} --epochs 50", f"{name}-path"),
+        f"{name}-heads": variants(directclr, f"--data {data} --epochs 50", f"{name}-heads"),
+        f"{name}-dims": [
+            row(f"{script} --epochs 50 --dim {dim}{hidden}",
+                f"{name}-dims/{script.split('.')[0]}-{dim}{hidden.replace(' --hidden ', '-')}")
+            for script in ("vicreg.py", f"simclr.py {expander}")
+            for hidden in ("", " --hidden 8192") for dim in (64, 256, 1024, 4096, 8192)]}
+
+
+TABLES = {
+    "shapes": [Row(f"`python {name}.py --data shapes`", f"{name}.py --data shapes",
+                   f"{name}-shapes") for name in ("vicreg", "simclr", "directclr")],
+    "path-shapes": variants(
+        interpolate, "--data shapes --epochs 5", "interpolate-all-shapes"),
+    "heads-shapes": variants(directclr, "--data shapes --epochs 5", "directclr-all-shapes"),
+    "path-cifar10_jpeg": variants(interpolate, SHORT, "interpolate-all-cifar10_jpeg"),
+    "heads-cifar10_jpeg": variants(directclr, SHORT, "directclr-all-cifar10_jpeg"),
+    "d0-cifar10_jpeg": [
+        Row(f"`--dim {dim}`", f"directclr.py {SHORT} --holdout 5000 --dim {dim}",
+            f"directclr-d0-cifar10_jpeg/{dim}") for dim in (16, 32, 64, 128, 192, 256)],
+    **on_a_gpu("cifar10", "gpu-cifar10"),
+    **on_a_gpu("data/cifar10_jpeg", "gpu-cifar10_jpeg"),
+}
+
+
+def runs(row):
+    """(name, command) of a row's runs, one for each seed."""
+    return [(row.name + f"-seed{seed}" * bool(seed), row.command + f" --seed {seed}" * bool(seed))
+            for seed in range(row.seeds)]
+
+
+def read(name):
+    """The records of a run's log in tests/results/; none where it is missing or unfinished."""
+    path = RESULTS / f"{name}.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return records if records and records[-1].get("final") else []
+
+
+def cell(values, digits):
+    """A mean, with the standard deviation over seeds where there are several."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(name):
+    """A table in Markdown, of the rows of which a log is there; empty where none has one."""
+    found = [(row, [name for name, _ in runs(row) if read(name)]) for row in TABLES[name]]
+    found = [(row, logs, [read(name)[-1] for name in logs]) for row, logs in found if logs]
+    if not found:
+        return ""
+    columns = {"kNN": ("knn", 1), "linear": ("linear", 1), "online": ("online", 1),
+               "effective rank": ("rank", 1), "s": ("seconds", 0)}
+    if "peak_mib" in found[0][2][0]:
+        columns["peak MiB"] = "peak_mib", 0
+    published = ["published"] * any(row.published for row in TABLES[name])
+    lines = [["", *columns, *published, "log"], ["---"] * (len(columns) + len(published) + 2)]
+    before = [found[0][2][0].get(f"{key}_untrained") for key, _ in columns.values()]
+    lines.append(["untrained", *("" if value is None else f"{value:.1f}" for value in before),
+                  *[""] * (len(published) + 1)])
+    for row, logs, finals in found:
+        lines.append([
+            row.label, *(cell([f[key] for f in finals], n) for key, n in columns.values()),
+            *[row.published] * len(published),
+            " ".join(f"[log](tests/results/{name}.jsonl)" for name in logs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(readme):
+    """The README's text with each table after its marker brought up to its logs."""
+    def renew(found):
+        return f"{found[1]}\n\n{table(found[2])}\n".replace("\n\n\n", "\n\n")
+
+    return re.sub(r"(<!-- table: (\S+) -->)\n\n(?:\|.*\n)*", renew, readme)
+
+
+def train(names, jobs, minutes):
+    """Train the tables' runs that have no log, `jobs` at a time; how many failed."""
+    queue = [run for name in names for row in TABLES[name] for run in runs(row) if not read(run[0])]
+    print(f"{len(queue)} runs to train, {jobs} at a time", flush=True)
+    running, failed, end = [], 0, time.time() + 60 * minutes
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+    while queue or running:
+        over = time.time() > end
+        while queue and len(running) < jobs and not over:
+            name, command = queue.pop(0)
+            folder = RUNS / name
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            where = ["--resume" if (folder / "last.pt").exists() else "--out", str(folder)]
+            with open(f"{folder}.txt", "a") as output:
+                process = subprocess.Popen(
+                    [sys.executable, *command.split(), *where], cwd=ROOT, env=environment,
+                    stdout=output, stderr=subprocess.STDOUT)
+            running.append((process, name, command))
+        for process, name, command in [*running]:
+            if process.poll() is None and over:
+                process.send_signal(signal.SIGTERM)  # it saves
+                process.wait()
+            if process.poll() is None:
+                continue
+            running.remove((process, name, command))
+            if process.returncode == 0:
+                (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(RUNS / name / "log.jsonl", RESULTS / f"{name}.jsonl")
+            failed += process.returncode not in (0, 128 + signal.SIGTERM)
+            last = Path(f"{RUNS / name}.txt").read_text().splitlines()[-1:]
+            print(f"exit {process.returncode}, python {command}: {''.join(last)}", flush=True)
+        if over and not running:
+            break
+        time.sleep(0.2)
+    return failed
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list")
+    commands.add_parser("write")
+    run = commands.add_parser("run")
+    run.add_argument("tables", nargs="+", choices=[*TABLES], metavar="TABLE")
+    run.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    run.add_argument("--minutes", type=float, default=float("inf"),
+                     help="save and stop then; the same command goes on")
+    args = parser.parse_args(argv)
+    if args.command == "write":
+        README.write_text(write(README.read_text()))
+    elif args.command == "run":
+        sys.exit(bool(train(args.tables, args.jobs, args.minutes)))
+    else:
+        for name, rows in TABLES.items():
+            print(name)
+            for run, command in (run for row in rows for run in runs(row)):
+                print(f"  {'log' if read(run) else '   '}  python {command}")
+
+
+if __name__ == "__main__":
+    main()
