@@ -123,9 +123,10 @@ def table(name):
 def write(readme):
     """The README's text with each table after its marker brought up to its logs."""
     def renew(found):
-        return f"{found[1]}\n\n{table(found[2])}\n".replace("\n\n\n", "\n\n")
+        text = table(found[2])
+        return f"{found[1]}\n\n" + (f"{text}\n\n" if text else "")
 
-    return re.sub(r"(<!-- table: (\S+) -->)\n\n(?:\|.*\n)*", renew, readme)
+    return re.sub(r"(<!-- table: (\S+) -->)\n\n(?:(?:\|.*\n)+\n?)?", renew, readme)
 
 
 def train(names, jobs, minutes):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,10 +80,10 @@ def finish(*command):
     return output, errors
 
 
-def torchrun(*command, nproc=2, **options):
+def torchrun(*command, nproc=2, rendezvous=("--standalone",), **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                    "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+    launch = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node",
               str(nproc)]
     return subprocess.Popen([*launch, *map(str, command)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=environment, **options)
@@ -144,6 +145,22 @@ def test_run_of_two_processes(pair):
     model = simclr.Model(simclr.parse_args(["--resume", str(out)]), 16, 10)
     for part in ("backbone", "head", "probe"):
         getattr(model, part).load_state_dict(load(out)[part])
+
+
+def test_two_nodes(pair, tmp_path):
+    """Two torchruns that meet at an address, as on two machines with a common disk, train the
+    weights of one torchrun with two processes."""
+    out, flags, _, _ = pair
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = [torchrun(ROOT / "simclr.py", *flags, "--out", tmp_path / "run", nproc=1, rendezvous=[
+        "--nnodes", "2", "--rdzv-id", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", address])
+        for _ in range(2)]
+    outputs = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sorted("trained" in output for output, _ in outputs) == [False, True]
+    assert equal_weights(out, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_resume_with_another_number_of_processes(pair, tmp_path):

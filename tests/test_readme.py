@@ -93,6 +93,17 @@ def test_tables_are_their_logs():
     assert shown == kept and len(kept) >= 45
 
 
+def test_speeds_are_their_logs():
+    """Every row of a table in a section that links a benchmark's log is a line of that log."""
+    found = 0
+    for section in README.split("\n## "):
+        for log in re.findall(r"\]\((tests/results/benchmark-\S+\.txt)\)", section):
+            rows = [line for line in section.splitlines() if line.startswith("|")]
+            assert {*rows} <= {*(ROOT / log).read_text().splitlines()}
+            found += len(rows)
+    assert found >= 18
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_logs_are_of_their_commands(name):
     """Every command of a table parses, and the log that it left holds its arguments."""
