@@ -120,6 +120,19 @@ def test_two_processes_have_the_gradient_of_one(gradients, case):
     assert whole["backbone.1.weight"].norm() > 0 and whole["probe.1.weight"].norm() > 0
 
 
+def test_processes_share_out_images_and_crops(monkeypatch):
+    """Of every step each of two has one half: of the images, and of the seeds that draw crops."""
+    args = simclr.parse_args(["--data", "shapes", "--batch-size", "12"])
+    images, steps = torch.zeros(40, 1), {}
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(simclr, "processes", lambda: (rank, world))
+        steps[rank, world] = [*simclr.schedule(images, args, 2, 7)]
+    for whole, *halves in zip(*steps.values()):
+        assert len(whole[0]) == len(whole[1].unique()) == 12
+        for all_, parts in zip(whole, zip(*halves)):
+            assert torch.equal(torch.cat(parts), all_)
+
+
 # ---- whole scripts ------------------------------------------------------------------------------
 
 
