@@ -229,3 +229,13 @@ def test_apply_probability():
         out = simclr.augment(x, draw(4000), 0, arguments(*OFF, flag, "0.3"))
         touched = (out != x.float() / 255).flatten(1).any(1).float().mean()
         assert abs(touched - 0.3) < 0.03
+
+
+def test_crops_of_a_folder_are_not_cropped_again():
+    """They are flipped, half of them, and go on like any view."""
+    x = photographs(200)
+    out = simclr.augment(x, draw(200), 0, arguments("--jitter-prob", "0", "--gray", "0"), True)
+    same, turned = ((out == y / 255).flatten(1).all(1) for y in (x, x.flip(3)))
+    assert (same | turned).all() and 70 < turned.sum() < 130
+    grayed = simclr.augment(x, draw(200), 0, arguments(*OFF, "--gray", "1"), True)
+    assert torch.equal(grayed, simclr.grayscale(x / 255).expand_as(x))

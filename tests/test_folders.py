@@ -282,7 +282,7 @@ def damaged(image_folder, tmp_path):
     root = tmp_path / "images"
     shutil.copytree(image_folder, root)
     files = sorted((root / "train").rglob("*.png"))
-    bad = [files[5], files[6], files[40]]
+    bad = [files[6], files[7], files[40]]  # the first two are the last of their class
     for path in bad:
         path.write_bytes(path.read_bytes()[:90])
     return root, bad
@@ -313,7 +313,7 @@ def test_damaged_images_are_skipped_up_to_a_limit(damaged, flag, capsys, tmp_pat
 
 
 def test_next_readable_image_takes_the_place(damaged):
-    """Its own label comes with it; the two in a row give way to the same one."""
+    """Its own label comes with it; the two in a row give way to the same one, of another class."""
     root, bad = damaged
     data = load_data(root, "--stream", "--max-unreadable", "2", "--image-size", "16")
     part = data.train_images
@@ -323,7 +323,11 @@ def test_next_readable_image_takes_the_place(damaged):
     (found, index), = simclr.fetch(part, [(torch.tensor([at, at + 1, at + 2]), None)], CPU)
     assert index.tolist() == [at + 2] * 3 and torch.equal(found[0], found[2])
     h, y = simclr.represent(torch.nn.Flatten(), part, data.train_labels, torch.tensor([at]), CPU)
-    assert y.tolist() == [data.train_labels[at + 2]]
+    assert y.tolist() == [data.train_labels[at + 2]] != [data.train_labels[at]]
+    memory = load_data(root, "--no-stream", "--max-unreadable", "3", "--image-size", "16")
+    for i in (at, at + 1):
+        assert torch.equal(memory.train_images[i], memory.train_images[at + 2])
+        assert memory.train_labels[i] == memory.train_labels[at + 2]
 
 
 def test_folder_of_damaged_images_alone(tmp_path, capsys):

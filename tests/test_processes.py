@@ -160,6 +160,41 @@ def test_run_of_two_processes(pair):
         getattr(model, part).load_state_dict(load(out)[part])
 
 
+def test_evaluation_of_two_processes(image_folder, tmp_path):
+    """Odd numbers of images, each counted once, and the first process's network in both: the
+    figures are those of one process that evaluates the checkpoint."""
+    run = tmp_path / "run"
+    finish(ROOT / "simclr.py", "--data", image_folder, *TINY, "--holdout", "19", "--out", run)
+    args = simclr.parse_args(["--resume", str(run)])
+    model, data = simclr.Model(args, 16, 10), simclr.load_data(args)
+    for part in ("backbone", "head", "probe"):
+        getattr(model, part).load_state_dict(load(run)[part])
+    metrics = simclr.evaluate(model, data, torch.device("cpu"), linear=True)
+    final = records(run)[-1]
+    assert len(data.train_images) == 61 and len(data.test_images) == 19
+    assert final["rank"] == pytest.approx(metrics["rank"], abs=0.011)
+    for name in ("knn", "linear", "online"):
+        assert final[name] == metrics[name]
+
+
+def test_one_process_on_each_machine_downloads(monkeypatch, tmp_path):
+    """The others load the data only once it has."""
+    class Met(Exception):
+        pass
+
+    def meets(caught):
+        raise Met
+
+    for rank, expected in (("0", ["load"]), ("1", [])):
+        loads = []
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(simclr, "load_data", lambda args: loads.append("load"))
+        monkeypatch.setattr(simclr, "agree", meets)
+        with pytest.raises(Met):
+            simclr.main(["--data", "cifar10", "--device", "cpu", "--out", str(tmp_path / "run")])
+        assert loads == expected
+
+
 def test_two_nodes(pair, tmp_path):
     """Two torchruns that meet at an address, as on two machines with a common disk, train the
     weights of one torchrun with two processes."""
@@ -202,23 +237,37 @@ def test_streaming_resume_of_two_processes(image_folder, tmp_path):
     assert equal_weights(whole, parts)
 
 
-@pytest.mark.parametrize("to, signum", [("torchrun", "SIGTERM"), ("all", "SIGINT")])
+@pytest.mark.parametrize("to, signum", [
+    ("torchrun", "SIGTERM"), ("all", "SIGINT"), ("one twice", "SIGTERM")])
 def test_signal_to_torchrun(image_folder, tmp_path, to, signum):
     """What a scheduler sends before it takes the machine: to torchrun, or to every process, which
-    then has it twice. The run is saved and ends with a code that is not zero."""
+    then has it twice; or what reaches one process alone. The run is saved and ends with a code
+    that is not zero."""
     run = tmp_path / "run"
     flags = ["--data", image_folder, *TINY, "--epochs", "200"]
     process = torchrun(ROOT / "simclr.py", *flags, "--out", run, start_new_session=True)
     wait_for(lambda: len(records(run)) >= 4)
     logged = records(run)[-1]["step"]
-    if to == "all":
+    if to == "one twice":
+        for _ in range(2):
+            os.kill(workers(process)[1], getattr(signal, signum))
+            time.sleep(0.005)
+    elif to == "all":
         os.killpg(process.pid, getattr(signal, signum))
     else:
         process.send_signal(getattr(signal, signum))
     output, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode != 0 and "simclr.py\", line" not in errors
     step = load(run)["step"]
     assert logged <= step < 800 and f"stopped after step {step}, saved" in output
+
+
+def workers(process):
+    """The process ids of torchrun's two children."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    found = sorted(int(pid) for pid in children.stdout.split())
+    assert len(found) == 2
+    return found
 
 
 def test_a_process_that_dies_ends_all(image_folder, tmp_path):
@@ -227,11 +276,8 @@ def test_a_process_that_dies_ends_all(image_folder, tmp_path):
     flags = ["--data", image_folder, *TINY, "--epochs", "200", "--save-every", "0"]
     process = torchrun(ROOT / "simclr.py", *flags, "--out", run)
     wait_for(lambda: load(run)["step"] >= 3)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    workers = sorted(int(pid) for pid in children.stdout.split())
-    assert len(workers) == 2
     start = time.time()
-    os.kill(workers[1], signal.SIGKILL)
+    os.kill(workers(process)[1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.time() - start < 60
     step = load(run)["step"]
