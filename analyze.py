@@ -621,7 +621,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=10):
     """Accuracy in percent of the vote of the k nearest by cosine; ties go to the lower class."""
     train_x, hits = F.normalize(train_x, dim=1), 0
     k, classes = min(k, len(train_x)), int(train_y.max()) + 1
-    rows = max(1, 2**26 // len(train_x))  # at once: a quarter GiB of similarities
+    rows = max(1, min(1000, 2**26 // len(train_x)))  # a quarter GiB of similarities at once
     for x, y in zip(F.normalize(test_x, dim=1).split(rows), test_y.split(rows)):
         nearest = train_y[(x @ train_x.T).topk(k, dim=1).indices]  # (rows, k)
         hits += (F.one_hot(nearest, classes).sum(1).argmax(1) == y).sum()

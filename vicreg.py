@@ -596,7 +596,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=10):
     """Accuracy in percent of the vote of the k nearest by cosine; ties go to the lower class."""
     train_x, hits = F.normalize(train_x, dim=1), 0
     k, classes = min(k, len(train_x)), int(train_y.max()) + 1
-    rows = max(1, 2**26 // len(train_x))  # at once: a quarter GiB of similarities
+    rows = max(1, min(1000, 2**26 // len(train_x)))  # a quarter GiB of similarities at once
     for x, y in zip(F.normalize(test_x, dim=1).split(rows), test_y.split(rows)):
         nearest = train_y[(x @ train_x.T).topk(k, dim=1).indices]  # (rows, k)
         hits += (F.one_hot(nearest, classes).sum(1).argmax(1) == y).sum()
@@ -1014,8 +1014,8 @@ def parse_args(argv=None):
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
         help="auto: bf16 or fp16 on a GPU, whichever it does well, fp32 on a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
-    add("--deterministic", action="store_true",
-        help="slower kernels that repeat a run bit for bit on a GPU too; a warning tells of others")
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
+        help="repeat a run bit for bit on a GPU too: slower kernels, nothing compiled by default")
     add("--eval-every", type=number(int, 1), help="epochs between kNN; default: a tenth of all")
     add("--save-every", type=number(float, 0), default=60.0, help="seconds between checkpoints")
     add("--workers", type=number(int, 1), help="processes that read a folder for each that trains",
@@ -1143,7 +1143,8 @@ def train(model, optimizer, scaler, data, args, dtype, run, state):
     steps = args.epochs * epoch_steps
     first, last = state["step"], min(steps, args.steps or steps)
     view, network = augment, model
-    if args.compile or (args.compile is None and capability(device) >= 7):
+    compiles = capability(device) >= 7 and not args.deterministic
+    if args.compile or (args.compile is None and compiles):
         view = torch.compile(augment)
         if args.compile or not dist.is_initialized():  # SyncBatchNorm would break it to pieces
             model.compile()
@@ -1310,6 +1311,8 @@ def main(argv=None):
         run.print(summary("untrained", metrics))
         save_checkpoint(model, optimizer, scaler, run, state)
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     signum = train(model, optimizer, scaler, data, args, dtype, run, state)
     if signum:
         run.print(f"stopped after step {state['step']}, saved; go on with: "

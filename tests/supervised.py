@@ -7,6 +7,7 @@ The defaults are simclr.py's but for the colours, which labels do not want chang
 a line: the arguments, every epoch, the test accuracy in percent.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -21,17 +22,19 @@ import simclr  # noqa: E402
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    args = simclr.parse_args(["--jitter-prob", "0", "--gray", "0", *argv])
+    args = simclr.parse_args(["--jitter-prob", "0", "--gray", "0", "--no-stream", *argv])
     device, dtype = simclr.choose_device(args)
-    data = simclr.load_data(args)
+    with contextlib.redirect_stdout(sys.stderr):
+        data = simclr.load_data(args)
     print(json.dumps({"args": vars(args), **simclr.environment(device)}), flush=True)
-    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    known = data.train_labels >= 0
+    images, labels = data.train_images[known].to(device), data.train_labels[known].to(device)
     torch.manual_seed(args.seed)
     backbone, width = simclr.build_backbone(args.arch, images.shape[-1])
     model = torch.nn.Sequential(backbone, torch.nn.Linear(width, len(data.classes)))
     model = model.to(device, memory_format=torch.channels_last)
     lr = args.lr * args.batch_size / 256
-    optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum, nesterov=True,
+    optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum,
                                 weight_decay=args.weight_decay)
     optimizer.param_groups[0]["peak_lr"] = lr
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

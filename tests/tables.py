@@ -21,10 +21,11 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT
+from family import ROOT
 
-import directclr
-import interpolate
+sys.path.insert(0, str(ROOT))
+import directclr  # noqa: E402
+import interpolate  # noqa: E402
 
 RESULTS, RUNS, README = ROOT / "tests" / "results", ROOT / "runs" / "tables", ROOT / "README.md"
 
@@ -47,7 +48,7 @@ def variants(script, flags, name):
 def on_a_gpu(data, name):
     """The tables on CIFAR-10, ResNet-18: methods, path, heads, dimensions."""
     def row(command, name, seeds=1):
-        return Row(f"`python {command}`", f"{command} --data {data}", name, "", seeds)
+        return Row(f"`python {command} --data {data}`", f"{command} --data {data}", name, "", seeds)
 
     expander = "--head expander --temperature 0.15"
     return {
@@ -105,7 +106,7 @@ def table(name):
         return ""
     columns = {"kNN": ("knn", 1), "linear": ("linear", 1), "online": ("online", 1),
                "effective rank": ("rank", 1), "s": ("seconds", 0)}
-    if "peak_mib" in found[0][2][0]:
+    if all("peak_mib" in final for _, _, finals in found for final in finals):
         columns["peak MiB"] = "peak_mib", 0
     published = ["published"] * any(row.published for row in TABLES[name])
     lines = [["", *columns, *published, "log"], ["---"] * (len(columns) + len(published) + 2)]
@@ -157,7 +158,8 @@ def train(names, jobs, minutes):
             if process.returncode == 0:
                 (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(RUNS / name / "log.jsonl", RESULTS / f"{name}.jsonl")
-            failed += process.returncode not in (0, 128 + signal.SIGTERM)
+            # minus: before or after it trained, where nothing catches signals
+            failed += process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
             last = Path(f"{RUNS / name}.txt").read_text().splitlines()[-1:]
             print(f"exit {process.returncode}, python {command}: {''.join(last)}", flush=True)
         if over and not running:

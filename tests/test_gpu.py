@@ -58,12 +58,13 @@ def test_deterministic_runs_are_equal(device, precision, image_folder, tmp_path,
 
 
 @NEEDS_GPU
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_does_not_wait_for_the_gpu(method):
+def test_a_step_does_not_wait_for_the_gpu(method, optimizer):
     """No synchronisation in augmentation, network, loss and optimiser."""
     script, args, dtype, model, optimizer, scaler = prepare(
-        ["--batch-size", "16", "--precision", "bf16", "--blur", "0.5", "--solarize", "0.5"],
-        "cuda", method=method)
+        ["--batch-size", "16", "--precision", "bf16", "--blur", "0.5", "--solarize", "0.5",
+         "--optimizer", optimizer], "cuda", method=method)
     images, labels = (part.cuda() for part in script.draw_shapes(16, 1))
     try:
         for mode in ("default", "error", "error"):
@@ -77,12 +78,13 @@ def test_a_step_does_not_wait_for_the_gpu(method):
 def test_views_on_the_gpu_are_the_cpus():
     """The same draws give the same two views, to float32's rounding."""
     args = simclr.parse_args(["--blur", "1", "0.5", "--solarize", "0", "0.5"])
-    images, draws = simclr.draw_shapes(64, 1)[0], torch.rand(2, 64, simclr.DRAWS)
+    images = simclr.draw_shapes(64, 1)[0]
+    draws = torch.rand(2, 64, simclr.DRAWS, generator=torch.Generator().manual_seed(0))
     for i in (0, 1):
         ours = simclr.augment(images.cuda(), draws[i].cuda(), i, args).cpu()
         difference = (ours - simclr.augment(images, draws[i], i, args)).abs()
-        # a draw that falls on an edge, of a crop or of solarisation, may round to either side
-        assert difference.mean() < 1e-4 and (difference > 1e-3).float().mean() < 1e-3
+        # a crop's edge that rounds to the other side moves a whole image
+        assert (difference.amax((1, 2, 3)) > 1e-3).sum() <= 1
 
 
 @CPU_AND_GPU
@@ -118,15 +120,19 @@ def test_channels_last_reaches_every_layer(arch, device):
         model, optimizer, scaler, script.augment, images, labels, args, dtype)
     assert parts["loss"].isfinite() and len(formats) >= 10 and all(formats)
     weights = [p for p in model.parameters() if p.ndim == 4]
-    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    for tensors in (weights, [w.grad for w in weights]):
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
 
 
 # For each of two processes: NCCL refuses two on one GPU, so their group is gloo's.
 WORK = """
 import sys, torch, simclr
+torch.backends.cudnn.allow_tf32 = False
 if int(sys.argv[1]) > 1:
     torch.distributed.init_process_group("gloo")
 simclr.main(sys.argv[2:])
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -148,10 +154,12 @@ def test_synchronised_batchnorm(image_folder, tmp_path):
 
 
 @NEEDS_GPU
-def test_compiled_runs_go_on_without_compilation(image_folder, tmp_path):
+@pytest.mark.parametrize("first, then", [
+    ("--compile", "--no-compile"), ("--no-compile", "--compile")])
+def test_compilation_may_change_on_resume(first, then, image_folder, tmp_path):
     """The weights have the same names with and without torch.compile; each reads the other's."""
     flags = ["--data", str(image_folder), *TINY, "--device", "cuda", "--out", str(tmp_path)]
-    simclr.main([*flags, "--compile", "--steps", "5"])
-    assert simclr.main(["--resume", str(tmp_path), "--no-compile"])["step"] == 12
+    simclr.main([*flags, first, "--steps", "5"])
+    assert simclr.main(["--resume", str(tmp_path), then])["step"] == 12
     names = torch.load(tmp_path / "backbone.pt", weights_only=True).keys()
     assert names == simclr.ConvNet().state_dict().keys()

@@ -21,7 +21,8 @@ from conftest import ROOT, write_folder
 from family import TRAINING
 
 METHODS = [name.removesuffix(".py") for name in TRAINING]
-TINY = ("--arch", "convnet", "--batch-size", "20", "--dim", "32", "--epochs", "3", "--lr", "0.02")
+TINY = ("--arch", "convnet", "--batch-size", "20", "--dim", "32", "--epochs", "3", "--lr", "0.02",
+        "--device", "cpu")
 
 
 def load(run):
