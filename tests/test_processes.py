@@ -1,5 +1,6 @@
 """Several processes: the gradient of one, files from the first alone, signals, deaths, resuming."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -235,6 +236,26 @@ def test_streaming_resume_of_two_processes(image_folder, tmp_path):
                     ["--resume", parts]):
         finish(script, *command)
     assert equal_weights(whole, parts)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_second_signal(several, monkeypatch, tmp_path):
+    """torchrun passes on what its processes had already: only a single one ends at once."""
+    def ends(signum, frame):
+        raise InterruptedError
+
+    monkeypatch.setattr(simclr.dist, "is_initialized", lambda: several)
+    before = signal.signal(signal.SIGTERM, ends)
+    try:
+        with simclr.catch_signals(simclr.Run(tmp_path)) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM]
+            with contextlib.nullcontext() if several else pytest.raises(InterruptedError):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert len(caught) == 1 + several
+        assert signal.getsignal(signal.SIGTERM) is ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("to, signum", [
