@@ -142,7 +142,8 @@ def train(names, jobs, minutes):
             name, command = queue.pop(0)
             folder = RUNS / name
             folder.parent.mkdir(parents=True, exist_ok=True)
-            where = ["--resume" if (folder / "last.pt").exists() else "--out", str(folder)]
+            where = ["--resume" if (folder / "last.pt").exists() else "--out",
+                     os.path.relpath(folder, ROOT)]
             with open(f"{folder}.txt", "a") as output:
                 process = subprocess.Popen(
                     [sys.executable, *command.split(), *where], cwd=ROOT, env=environment,
