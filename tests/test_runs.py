@@ -106,7 +106,8 @@ def test_identical_runs_give_identical_weights(finished, tmp_path):
     assert not equal_weights(out, tmp_path / "other")
 
 
-@pytest.mark.parametrize("step", [4, 5, 11])
+@pytest.mark.parametrize("finished, step", [
+    ("simclr", 4), ("vicreg", 5), ("directclr", 11), ("interpolate", 5)], indirect=["finished"])
 def test_resume_after_a_crash(finished, tmp_path, step, monkeypatch, capsys):
     """A run that dies in step `step` + 1 and goes on ends with the uninterrupted run's weights."""
     method, out, flags, _ = finished
@@ -273,13 +274,11 @@ def test_stop_by_signal_and_resume(finished, tmp_path, signum):
     assert equal_weights(out, run)
 
 
-@pytest.mark.parametrize("flags", [
+@pytest.mark.parametrize("method, flags", [(METHODS[(i + i // 4) % 4], f) for i, f in enumerate((
     ("--optimizer", "lars", "--warmup", "1", "--blur", "1", "0.1", "--solarize", "0", "0.2"),
     ("--precision", "bf16"),
     ("--arch", "resnet18", "--steps", "2"),
-    ("--holdout", "20"),
-], ids=lambda f: f[0])
-@pytest.mark.parametrize("method", METHODS)
+    ("--holdout", "20")) * 2)], ids=lambda x: x if isinstance(x, str) else x[0])
 def test_flags_reach_the_end(method, flags, image_folder, tmp_path):
     script, out = importlib.import_module(method), tmp_path / "run"
     flags = [*TINY, "--epochs", "1", *flags]
