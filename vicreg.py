@@ -8,35 +8,22 @@ are decorrelated. The representation h = f(x) is kept; the loss acts on the embe
     v(z) = mean over dims j of relu(1 - sqrt(Var z_j + 1e-4))
     c(z) = sum over i != j of C_ij^2 / D,  C the covariance matrix of z over the batch
 
-    Bardes et al., VICReg, ICLR 2022
-    Garrido et al., On the duality between contrastive and non-contrastive self-supervised
-        learning, ICLR 2023: c is the sample-contrastive criterion of the transpose
+Bardes et al., VICReg, ICLR 2022; Garrido et al., On the duality between contrastive and
+non-contrastive self-supervised learning, ICLR 2023: c is the contrastive criterion of z transposed.
+The variance term is halved, as in VICReg's official code; the D x D covariance is never built where
+the batch is smaller than D; optimiser and augmentation are CIFAR-10's, the papers' are flags.
 
-Run     python vicreg.py --data shapes                   drawn images, a few minutes on a CPU
-        python vicreg.py --dim 8192 --epochs 100         CIFAR-10, expander 8192-8192-8192
-        python vicreg.py --resume runs/vicreg-cifar10    go on after a stop
-Copy    vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff), with variance() and covariance()
-Shapes  N images in the batch (of all processes), V views, C H W image, F features of the backbone,
+Run     python vicreg.py --data shapes, drawn images, a minute on a CPU; --dim 8192, CIFAR-10
+Shapes  N images in the batch (of all processes), C H W image, F features of the backbone,
         D dims of the embedding; h (N, F) representation, z1 z2 (N, D) embeddings
-Leaves  runs/NAME/log.jsonl, last.pt (everything to go on), backbone.pt (torchvision's names)
-
-Differs from the paper: the variance term is halved, as in the official code (the paper's formula is
-not); the D x D covariance is never built where the batch is smaller than D. CIFAR-10 recipe: SGD
-instead of LARS, grayscale .1 instead of .2, no blur, no solarisation, all of it flags.
 """
 
 # ==== 1. Imports [shared] =========================================================================
 import argparse
-import collections
 import contextlib
-import copy
-import datetime
-import itertools
 import json
 import math
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -48,74 +35,43 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, resized_crop
-
+from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, rgb_to_grayscale
 
 # ==== 2. Method [method] ==========================================================================
-METHOD = "vicreg"
-VARIANT, VARIANTS = "head", ("expander", "mlp", "linear", "none")
+METHOD = RUN_NAME = "vicreg"
 
-
-def add_method_args(parser):
-    """Add the flags, and the defaults of flags, in which the methods differ."""
-    parser.add_argument("--dim", type=number(int, 1), default=1024,
-                        help="D, the dimension that the loss acts on; --head none: the backbone's")
-    parser.add_argument("--hidden", type=number(int, 1),
-                        help="width of the head's hidden layers; default: --dim, at least 1024")
-    parser.add_argument("--head", choices=(*VARIANTS, "all"), default="expander",
-                        help="mlp: Linear-ReLU-Linear, SimCLR's projector; linear; none; expander: "
-                             "three layers with BatchNorm, VICReg's; all: each in turn")
-    parser.add_argument("--sim-coeff", type=number(float, 0), default=25.0,
-                        help="weight of the invariance term")
-    parser.add_argument("--std-coeff", type=number(float, 0), default=25.0,
-                        help="weight of the variance term")
-    parser.add_argument("--cov-coeff", type=number(float, 0), default=1.0,
-                        help="weight of the covariance term")
-    parser.add_argument("--lr", type=number(float, 0, above=True), default=0.06,
-                        help="learning rate for a batch of 256; scales with --batch-size")
-
+def add_method_args(add):
+    """Add the flags in which the methods differ."""
+    add("--dim", type=int, default=1024, help="D, the dimension that the loss acts on")
+    add("--hidden", type=int, default=0, help="width of hidden layers; 0: --dim, at least 1024")
+    add("--sim-coeff", type=float, default=25.0, help="weight of the invariance term")
+    add("--std-coeff", type=float, default=25.0, help="weight of the variance term")
+    add("--cov-coeff", type=float, default=1.0, help="weight of the covariance term")
+    add("--lr", type=float, default=0.06, help="learning rate, times --batch-size / 256")
 
 def build_head(num_features, args):
-    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare.
-
-    SGD's largest stable learning rate falls with the width: beyond 1024 the expander gets less.
-    """
+    """Return the expander g: (N, F) -> (N, D), three layers, the last one bare."""
     hidden = args.hidden or max(1024, args.dim)
-    if args.head == "expander":
-        if args.optimizer == "sgd":
-            args.head_lr = args.head_lr or min(1.0, 1024 / max(hidden, args.dim))
-        return nn.Sequential(
-            nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, args.dim, bias=False),
-        )
-    if args.head == "mlp":
-        return nn.Sequential(
-            nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, args.dim)
-        )
-    if args.head == "linear":
-        return nn.Linear(num_features, args.dim, bias=False)
-    return nn.Identity()
-
+    return nn.Sequential(
+        nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+        nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+        nn.Linear(hidden, args.dim, bias=False))
 
 def variance(z):
     """v(z) of embeddings (N, D): how far the dimensions' deviations lie below 1, a mean."""
     return F.relu(1 - torch.sqrt(z.var(dim=0) + 1e-4)).mean()
 
-
 def covariance(z):
     """c(z) of embeddings (N, D): squared covariances of all pairs of dimensions, summed, over D.
-
     The Gram matrix of the centred embeddings has the covariance matrix's norm, |Z Z^T| = |Z^T Z|,
-    so the smaller of the two is built (Garrido et al. 2023, Theorem 3.3).
-    """
+    so the smaller of the two is built (Garrido et al. 2023, Theorem 3.3)."""
     n, dim = z.shape
     z = z - z.mean(dim=0)
     small = (z.T @ z if dim <= n else z @ z.T) / (n - 1)  # (D, D) or (N, N)
     diagonal = z.square().sum(dim=0) / (n - 1)  # (D,) of the covariance matrix
     return (small.square().sum() - diagonal.square().sum()) / dim
-
 
 def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
     """VICReg's loss of the embeddings z1, z2 (N, D) of two views, and its terms; scalars.
@@ -130,1213 +86,608 @@ def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
     loss = sim_coeff * sim + std_coeff * std + cov_coeff * cov
     return loss, {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach()}
 
-
 def loss_fn(z1, z2, args):
     """Return the loss of the global batch, z1 z2 (N, D), and its parts as a dict of scalars."""
     return vicreg_loss(z1, z2, args.sim_coeff, args.std_coeff, args.cov_coeff)
 
-
 # ==== 3. Data [shared] ============================================================================
-# Images are uint8 (n, 3, S, S), in memory or a Folder of that shape; labels int64 (n,), -1 where
-# there is none (STL-10's unlabelled).
-Data = collections.namedtuple("Data", "train_images train_labels test_images test_labels classes")
-DOWNLOADS = ("cifar10", "cifar100", "stl10")
-
-
 def load_data(args):
-    """Return Data on the CPU: what --data names, as args describe it.
-
-    With --holdout n the last n of a fixed shuffle of the labelled training images take the place
-    of the test set, so that choices can be made without looking at it.
-    """
-    try:
-        if args.data == "shapes":
-            data = Data(*draw_shapes(5000, seed=1), *draw_shapes(1000, seed=2), list(SHAPES))
-        elif args.data in DOWNLOADS:
-            data = load_torchvision(args.data, args.data_dir)
-        else:
-            data = load_folder(Path(args.data), args)
-    except OSError as error:
-        fail(f"cannot read --data {args.data}: {error}")
+    """Return what --data names: classes, then images and labels to train on and to test on. Images
+    are uint8 (n, 3, S, S), a tensor or a Folder, labels int64 (n,), -1 where there is none. With
+    --holdout n training images, the last of a fixed shuffle, take the place of the test set."""
+    if args.data == "shapes":
+        classes, parts = [*"abcdefghij"], [*draw_shapes(5000, seed=1), *draw_shapes(1000, seed=2)]
+    elif args.data in ("cifar10", "cifar100", "stl10"):
+        classes, parts = download(args.data, args.data_dir)
+    else:
+        classes, parts = find_images(Path(args.data))
     if args.holdout:
-        train, labels = data.train_images, data.train_labels
-        known = torch.where(labels >= 0)[0]
-        if args.holdout >= len(known):
-            fail(f"--holdout {args.holdout} leaves nothing of {len(known)} labelled images")
-        shuffled = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))]
-        held = torch.zeros(len(labels), dtype=torch.bool)
-        held[shuffled[-args.holdout :]] = True
-        data = Data(train[~held], labels[~held], train[held], labels[held], data.classes)
-    return data
+        known = torch.where(parts[1] >= 0)[0]
+        args.holdout < len(known) or fail(f"--holdout leaves nothing of {len(known)} images")
+        order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+        taken = torch.isin(torch.arange(len(parts[1])), known[order[-args.holdout :]])
+        parts = [part[which] for which in (~taken, taken) for part in parts[:2]]
+    if isinstance(parts[0], np.ndarray):  # files' names
+        sides = [min(open_image(f).size) for f in parts[0][:: math.ceil(len(parts[0]) / 100)]]
+        size = args.image_size or max(8, min(224, int(np.median(sides))))
+        parts[::2] = [Folder(files, size, args) for files in parts[::2]]
+    return classes, *parts
 
-
-def load_torchvision(name, root):
-    """CIFAR-10, CIFAR-100 or STL-10 as Data, downloaded to root on first use."""
-    dataset = getattr(torchvision.datasets, name.upper())
-    train, test = ("train+unlabeled", "test") if name == "stl10" else (True, False)
+def download(name, root):
+    """CIFAR-10, CIFAR-100 or STL-10, downloaded to root on first use, as load_data returns it."""
+    dataset, stl10, parts = getattr(torchvision.datasets, name.upper()), name == "stl10", []
     try:
-        train, test = dataset(root, train, download=True), dataset(root, test, download=True)
+        for split in ("train+unlabeled", "test") if stl10 else (True, False):
+            part = dataset(root, split, download=True)
+            images = torch.from_numpy(part.data if stl10 else part.data.transpose(0, 3, 1, 2))
+            labels = torch.tensor(part.labels if stl10 else part.targets).long()
+            parts += [images.contiguous(), labels]
     except (OSError, RuntimeError) as error:
         fail(f"{name} is not in {root} and cannot be downloaded ({error}); "
              "try --data shapes (drawn, nothing to download) or --data DIR (a folder of images)")
+    return part.classes, parts
 
-    def images(part):
-        array = torch.from_numpy(part.data)
-        return array if name == "stl10" else array.permute(0, 3, 1, 2).contiguous()
-
-    def labels(part):
-        return torch.tensor(part.labels if name == "stl10" else part.targets).long()
-
-    return Data(images(train), labels(train), images(test), labels(test), train.classes)
-
-
-def load_folder(root, args):
-    """ROOT/train/CLASS/* and ROOT/val|test/CLASS/* as Data.
-
-    In memory images are whole central squares of --image-size. With --stream they stay Folders:
-    training crops are then taken from the images as they are, other squares from 7/8 of them.
-    """
-    split = next((s for s in ("val", "test") if (root / s).is_dir()), None)
-    if not root.is_dir():
-        fail(f"--data {root}: no such folder; give a folder, cifar10, cifar100, stl10 or shapes")
-    if not (root / "train").is_dir() or split is None:
-        fail(f"--data {root}: needs train/CLASS/* and val/CLASS/* or test/CLASS/*")
-    train = torchvision.datasets.ImageFolder(root / "train")
-    test = torchvision.datasets.ImageFolder(root / split)
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if unknown:
-        fail(f"--data {root}: {split}/ has classes that train/ lacks: {', '.join(unknown[:5])}")
-    size = args.image_size or min(224, *decode_image(train.samples[0][0]).shape[1:])
-    large = (len(train) + len(test)) * 3 * size**2 > 4 * 2**30
-    stream = large if args.stream is None else args.stream
-    found = []
-    for part in (train, test):
-        labels = torch.tensor([train.class_to_idx[part.classes[i]] for i in part.targets])
-        images = Folder([path for path, _ in part.samples], size, 7 / 8 if stream else 1.0, args)
-        if not stream:
-            print(f"reading {len(images):,} images of {part.root}", flush=True)
-            folder, where = images, torch.arange(len(images))
-            images = torch.empty(folder.shape, dtype=torch.uint8)
-            batches = ((index, None) for index in where.clone().split(100))
-            for i, (batch, index) in enumerate(fetch(folder, batches, torch.device("cpu"))):
-                images[100 * i :][:100], where[100 * i :][:100] = batch, index
-            labels = labels[where]
-        found += [images, labels]
-    return Data(*found, train.classes)
-
+def find_images(root):
+    """The same of ROOT/train/CLASS/* and ROOT/val|test/CLASS/*, images being files' names."""
+    splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()]
+    len(splits) > 1 and root / "train" in splits or fail(
+        f"--data {root}: no such data set, or no folder with train/CLASS/* and val|test/CLASS/*")
+    train, test = (torchvision.datasets.ImageFolder(split) for split in splits[:2])
+    unknown = sorted({*test.classes} - {*train.classes})
+    unknown and fail(f"--data {root}: {splits[1].name}/ has classes that train/ lacks: {unknown}")
+    return train.classes, [part for folder in (train, test) for part in (
+        np.array([os.fsencode(file) for file, _ in folder.samples]),  # one block for all workers
+        torch.tensor([train.class_to_idx[folder.classes[y]] for y in folder.targets]))]
 
 class Folder(torch.utils.data.Dataset):
-    """Images of a folder, read by fetch(): a uint8 tensor (n, 3, S, S) that is not there.
-
-    An item is (index, seed): two random crops (2, 3, S, S), torchvision's with that seed; without
-    one the central square (3, S, S), `part` of the shorter side. The next readable image takes the
-    place of an unreadable one; with an item come its index, -1 if there is none, and the errors.
-    Other subscripts, slices and masks, give the Folder of these.
-    """
-
-    def __init__(self, paths, size, part, args):
-        self.paths = np.array([os.fsencode(p) for p in paths])  # one block, which workers share
-        self.size, self.part, self.crop, self.device = size, part, args.crop, torch.device("cpu")
-        self.limit, self.workers, self.unreadable = args.max_unreadable, args.workers, set()
-
-    nbytes = math.inf
-    shape = property(lambda self: (len(self.paths), 3, self.size, self.size))
-
-    def __len__(self):
-        return len(self.paths)
-
+    """Image files as uint8 (n, 3, S, S), read one at a time: item (None, i) is the central square
+    (3, S, S), item (epoch, i) two random crops (2, 3, S, S), drawn by (seed, epoch, i)."""
+    def __init__(self, files, size, args):
+        self.files, self.shape, self.args = files, (len(files), 3, size, size), args
     def __getitem__(self, item):
-        if not isinstance(item, tuple):
-            part = copy.copy(self)
-            part.paths = self.paths[item]
-            return part
-        (index, seed), errors, size = item, [], [self.size, self.size]
-        for i in (j % len(self) for j in range(index, index + self.limit + 1)):
-            try:
-                x = decode_image(os.fsdecode(self.paths[i]))
-            except OSError as error:
-                errors.append(" ".join(str(error).split()))
-                continue
-            if seed is None:
-                side = max(1, round(self.part * min(x.shape[1:])))
-                views = resize(center_crop(x, [side, side]), size, antialias=True)
-            else:
-                torch.default_generator.manual_seed(seed)  # the CPU's alone: far quicker
-                draw = torchvision.transforms.RandomResizedCrop.get_params
-                views = torch.stack([
-                    resized_crop(x, *draw(x, self.crop, [3 / 4, 4 / 3]), size, antialias=True)
-                    for _ in (0, 1)])
-            return views, i, "\n".join(errors)
-        pair = () if seed is None else (2,)
-        return torch.zeros(*pair, 3, *size, dtype=torch.uint8), -1, "\n".join(errors)
+        (epoch, i), size = item, self.shape[2:]
+        image = open_image(self.files[i])
+        if epoch is None:  # of large images the middle 7/8, as Resize(256), CenterCrop(224)
+            bleed = 1 / 16 if size[0] > 64 else 0.0
+            return pil_to_tensor(ImageOps.fit(image, size, Image.Resampling.BILINEAR, bleed))
+        torch.default_generator.manual_seed(derive_seed(self.args.seed, 3, epoch, i))
+        draw = torchvision.transforms.RandomResizedCrop.get_params
+        boxes = [draw(image, self.args.crop, [3 / 4, 4 / 3]) for _ in range(2)]
+        return torch.stack([pil_to_tensor(resized_crop(image, *box, size)) for box in boxes])
+    def ignore_signals(self, worker):  # the training process stops, and then ends its workers
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
 
-
-def ignore_signals(worker):
-    """For a DataLoader's workers: the training process stops, and then stops them."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-
+def open_image(file):
+    """An image file (bytes) as Pillow's, RGB, turned as its EXIF says; OSError that names it."""
+    try:
+        with Image.open(os.fsdecode(file)) as image:
+            if image.mode[0] in "IF" or any(m in str(image.tile) for m in ("B;16", "A;16")):
+                raise ValueError("more than 8 bits a channel, convert it to 8")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise OSError(f"the image {os.fsdecode(file)!r} cannot be used: {error}") from error
 
 def fetch(images, batches, device):
-    """Yield images, uint8 on the device, and their index (n,), for (index, seeds) in batches.
-
-    seeds (n,) or None: with them a Folder gives pairs of random crops, (n, 2, 3, S, S). Its workers
-    read ahead; an index changes where an image is unreadable. Ends the program where those are more
-    than --max-unreadable.
-    """
-    if isinstance(images, torch.Tensor):
-        for index, _ in batches:
-            yield images[index].to(device, non_blocking=True), index
-        return
-    items = ([*zip(index.tolist(), itertools.repeat(None) if seeds is None else seeds.tolist())]
-             for index, seeds in batches)
-    loader = torch.utils.data.DataLoader(
-        images, batch_sampler=items, num_workers=images.workers, worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda")
-    for batch, index, errors in loader:
-        for error in sorted(set("\n".join(errors).split("\n")) - images.unreadable - {""}):
-            images.unreadable.add(error)
-            count = f"{len(images.unreadable)} of at most {images.limit}, --max-unreadable"
-            if len(images.unreadable) > images.limit:
-                fail(f"{error} ({count})")
-            print(f"skipped: {error} ({count})", file=sys.stderr)
-        if index.min() < 0:
-            fail(f"no image near it is readable either: {min(images.unreadable)}")
-        yield batch.to(device, non_blocking=True), index
-
-
-def decode_image(path):
-    """Read an image file as uint8 RGB (3, H, W), turned as its EXIF says; OSError that names it.
-
-    Transparency is dropped; of 16-bit gray the high byte counts; deeper pixels are refused.
-    """
-    try:
-        with torchvision.datasets.folder.Image.open(path) as image:  # Pillow, torchvision's own
-            if image.mode[0] in "IF":  # Pillow's RGB would cut them off at 255
-                x = pil_to_tensor(image.convert("I"))
-                if image.mode == "F" or x.min() < 0 or x.max() > 65535:
-                    raise ValueError("its pixels have more than 16 bits")
-                x = (x >> 8).to(torch.uint8).expand(3, -1, -1)
-            else:
-                x = pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
-            turn = image.getexif().get(0x0112, 1)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise OSError(f"the image {path} is unreadable: {error}") from error
-    x = x.mT if turn in (5, 6, 7, 8) else x
-    flips = [d for d, turns in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if turn in turns]
-    return x.flip(flips) if flips else x
-
-
-def box(u, v, a, b):
-    """Signed distance, negative inside, from (u, v) to the rectangle of half sides a and b."""
-    return torch.maximum(u.abs() - a, v.abs() - b)
-
-
-SHAPES = {  # ten kinds, as signed distances
-    "disc": lambda u, v: torch.hypot(u, v) - 0.8,
-    "ring": lambda u, v: (torch.hypot(u, v) - 0.7).abs() - 0.2,
-    "square": lambda u, v: box(u, v, 0.75, 0.75),
-    "frame": lambda u, v: box(u, v, 0.65, 0.65).abs() - 0.17,
-    "triangle": lambda u, v: torch.maximum(0.87 * u.abs() + 0.5 * v - 0.45, -v - 0.6),
-    "cross": lambda u, v: torch.minimum(box(u, v, 0.95, 0.25), box(u, v, 0.25, 0.95)),
-    "bar": lambda u, v: box(u, v, 1.0, 0.25),
-    "pair": lambda u, v: torch.hypot(u.abs() - 0.6, v) - 0.38,
-    "angle": lambda u, v: torch.minimum(box(u + 0.5, v, 0.25, 0.8), box(u, v - 0.55, 0.75, 0.25)),
-    "moon": lambda u, v: torch.maximum(torch.hypot(u, v) - 0.9, 0.7 - torch.hypot(u - 0.45, v)),
-}
-
+    """Yield images[index], uint8 on the device, for (epoch, index) in batches; of a Folder, whose
+    workers read ahead, pairs of random crops (n, 2, 3, S, S) unless epoch is None."""
+    loader = (images[index] for _, index in batches)
+    if isinstance(images, Folder):
+        items = ([(epoch, i) for i in index.tolist()] for epoch, index in batches)
+        loader = torch.utils.data.DataLoader(
+            images, batch_sampler=items, num_workers=images.args.workers,
+            worker_init_fn=images.ignore_signals, pin_memory=device.type == "cuda")
+    yield from (batch.to(device, non_blocking=True) for batch in loader)
 
 def draw_shapes(n, seed, size=32):
-    """Draw n images (n, 3, size, size) uint8 and their labels (n,), the kind of the shape.
-
-    An image shows nine shapes of one kind, each in a colour and at a place and angle of its own, so
-    that the kind is what two crops share. Half the images are negatives; the contrast varies.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
+    """Draw n images uint8 (n, 3, size, size) and labels (n,): nine superellipses of one kind each,
+    |u|^p + |v / a|^p = 1, filled or hollow; the kind is what two crops share."""
+    generator, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
-
-    labels = torch.arange(n) % len(SHAPES)
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
+    p, a = torch.tensor([[0.5, 1, 2, 8, 2], [1, 1, 1, 0.3, 0.4]])[:, labels % 5, None, None]
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) * 2 / size - 1] * 2, indexing="ij")
-    images = uniform(0.1, 0.3, 1, 1, 1).expand(n, 3, size, size)
+    images, scale = uniform(0.1, 0.3, 1).expand(n, 3, size, size), uniform(0.2, 0.33)
     for cell in range(9):
-        left = x - (cell % 3 - 1) * 2 / 3 - uniform(-0.12, 0.12, 1, 1)
-        down = y - (cell // 3 - 1) * 2 / 3 - uniform(-0.12, 0.12, 1, 1)
-        angle, scale = uniform(0, 2 * math.pi, 1, 1), uniform(0.23, 0.32, 1, 1)
-        u = (torch.cos(angle) * left + torch.sin(angle) * down) / scale
-        v = (torch.cos(angle) * down - torch.sin(angle) * left) / scale
-        distance = torch.empty(n, size, size)
-        for kind, shape in enumerate(SHAPES.values()):
-            distance[kind :: len(SHAPES)] = shape(u[kind :: len(SHAPES)], v[kind :: len(SHAPES)])
-        ink = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]  # edges one pixel wide
-        images = images + (uniform(0.4, 1, 3, 1, 1) - images) * ink
-    images = 0.5 + (images - 0.5) * uniform(0.3, 1, 1, 1, 1)
-    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, images, 1 - images)
+        left = x - (cell % 3 - 1) * 2 / 3 - uniform(-0.12, 0.12)
+        down = y - (cell // 3 - 1) * 2 / 3 - uniform(-0.12, 0.12)
+        angle = uniform(0, 2 * math.pi)
+        u = (torch.cos(angle) * left + torch.sin(angle) * down).abs() / scale
+        v = (torch.cos(angle) * down - torch.sin(angle) * left).abs() / (scale * a)
+        level = (u**p + v**p) ** (1 / p)
+        level = torch.where(labels[:, None, None] < 5, level - 1, (level - 0.75).abs() - 0.25)
+        ink = (0.5 - level * scale * a * size / 2).clamp(0, 1)[:, None]  # edges a pixel wide
+        images = images + (uniform(0.4, 1, 3) - images) * ink
+    images = 0.5 + (images - 0.5) * uniform(0.3, 1, 1) * uniform(-1, 1, 1).sign()
     return (images * 255).round().to(torch.uint8), labels
 
-
 # ==== 4. Augmentation [shared] ====================================================================
-# All images of a batch at once, each with parameters of its own, equal to torchvision's functional
-# transforms on floats in [0, 1] when given the same parameters. Parameters are (N,) tensors.
+# All images of a batch at once, each with parameters of its own, (N, 1, 1, 1), equal to
+# torchvision's functional transforms on floats in [0, 1] when given the same parameters.
 DRAWS = 36  # uniform random numbers that one view of one image takes
 
-
-def augment(images, draws, view, args, cropped=False):
-    """One view of every image: uint8 (N, 3, S, S) -> float32 (N, 3, S, S) in [0, 1].
-
-    draws (N, DRAWS) holds uniform random numbers in [0, 1), the only source of chance; view (0 or
-    1) picks the strengths. Order and distributions are torchvision's: RandomResizedCrop,
-    RandomHorizontalFlip, ColorJitter at --jitter-prob, RandomGrayscale, blur, RandomSolarize.
-    """
-    tries, corner, flip, jittered, strength, order, gray, blurred, sigma, solarized = (
-        draws.split([20, 2, 1, 1, 4, 4, 1, 1, 1, 1], dim=1)
-    )
-    x = images.float() / 255
-    if cropped:  # by a Folder
-        x = where(flip[:, 0] < args.flip, x.flip(3), x)
-    else:
-        box = draw_crops(tries, corner, x.shape[-1], *args.crop)
-        x = crop_resize_flip(x, *box, flip[:, 0] < args.flip)
-    if args.jitter_prob:
-        factors = draw_jitter(strength, args.jitter)
-        x = where(jittered[:, 0] < args.jitter_prob, color_jitter(x, factors, order.argsort(1)), x)
+def augment(images, draws, view, args, dtype=torch.float32):
+    """One view of every image: uint8 (N, 3, S, S), or a Folder's pairs of crops (N, 2, 3, S, S) ->
+    dtype (N, 3, S, S) in [0, 1]. draws (DRAWS, N, 1, 1, 1), uniform in [0, 1), are the only source
+    of chance; view (0 or 1) picks the strengths."""
+    crop, jitter, order, (flip, jittered, gray, blurred, sigma, solar) = draws.split([22, 4, 4, 6])
+    x = (images[:, view] if images.ndim == 5 else images).float() / 255
+    x = random_crop(x, crop, *args.crop) if images.ndim == 4 else x
+    x = torch.where(flip < 0.5, x.flip(3), x)
+    if any(args.jitter):
+        factors = [strength * (2 * u - 1) for strength, u in zip(args.jitter, jitter)]
+        x = torch.where(jittered < 0.8, color_jitter(x, factors, order.argsort(0)), x)
     if args.gray:
-        x = where(gray[:, 0] < args.gray, grayscale(x).expand_as(x), x)
+        x = torch.where(gray < args.gray, rgb_to_grayscale(x), x)
     if args.blur[view]:
-        x = where(blurred[:, 0] < args.blur[view], gaussian_blur(x, 0.1 + 1.9 * sigma[:, 0]), x)
+        x = torch.where(blurred < args.blur[view], gaussian_blur(x, 0.1 + 1.9 * sigma), x)
     if args.solarize[view]:
-        x = where(solarized[:, 0] < args.solarize[view], solarize(x), x)
-    return x
+        x = torch.where((solar < args.solarize[view]) & (x >= 0.5), 1 - x, x)
+    return x.to(dtype, memory_format=torch.channels_last)
 
-
-def where(chosen, yes, no):
-    """torch.where with one condition an image: chosen (N,), yes and no (N, C, H, W)."""
-    return torch.where(chosen[:, None, None, None], yes, no)
-
-
-def draw_crops(tries, corner, size, low, high):
-    """RandomResizedCrop's boxes in square images: top, left, height, width, each (N,) whole.
-
-    Of ten tries (N, 20) with area in [low, high] of the image and log-uniform aspect ratio in
-    [3/4, 4/3] the first that fits is taken, the whole image where none does.
-    """
-    area, ratio = tries.chunk(2, dim=1)
+def random_crop(x, draws, low, high):
+    """RandomResizedCrop of x (N, 3, S, S) to S. Bilinear, antialiased resizing is separable: two
+    products with weights (S, S), triangles an output pixel wide, at least an input pixel."""
+    size, pixel = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
+    area, ratio, (down, right) = draws.split([10, 10, 2])  # ten tries
     area = size**2 * (low + (high - low) * area)
-    ratio = torch.exp(math.log(4 / 3) * (2 * ratio - 1))
+    ratio = torch.exp(math.log(4 / 3) * (2 * ratio - 1))  # log-uniform in [3/4, 4/3]
     height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (height.clamp(1, size) == height) & (width.clamp(1, size) == width)
-    first = fits.float().argmax(1, keepdim=True)
-    height, width = (torch.where(fits, s, size).gather(1, first)[:, 0] for s in (height, width))
-    top, left = (corner[:, 0] * (size - height + 1)), (corner[:, 1] * (size - width + 1))
-    return top.floor(), left.floor(), height, width
-
-
-def crop_resize_flip(x, top, left, height, width, flip):
-    """Crop (top, left, height, width), resize to x's own size with antialiasing, flip where asked.
-
-    Bilinear resizing is separable: two matrix products with weights of each image's own.
-    """
-    rows = resize_weights(top, height, x.shape[2], torch.zeros_like(flip))
-    columns = resize_weights(left, width, x.shape[3], flip)
-    return rows[:, None] @ (x @ columns[:, None].mT)
-
-
-def resize_weights(start, length, size, flip):
-    """Weights (N, size, size) that take pixels start..start + length to size pixels.
-
-    A triangle as wide as one output pixel, at least one input pixel, cut off at the crop's edges.
-    """
-    pixel = torch.arange(size, device=start.device)
-    out = torch.where(flip[:, None], size - 1 - pixel, pixel) + 0.5
-    start, length = start[:, None, None], length[:, None, None]
-    centre = start + out[:, :, None] * length / size
-    distance = (pixel + 0.5 - centre).abs() / (length / size).clamp(min=1)
-    inside = (pixel >= start) & (pixel < start + length)
-    weights = (1 - distance).clamp(min=0) * inside
-    return weights / weights.sum(2, keepdim=True)
-
-
-def draw_jitter(draws, strengths):
-    """ColorJitter's factors (N, 4): brightness, contrast, saturation about 1, hue about 0."""
-    low = [max(0, 1 - s) for s in strengths[:3]] + [-strengths[3]]
-    high = [1 + s for s in strengths[:3]] + [strengths[3]]
-    return torch.stack([a + (b - a) * u for a, b, u in zip(low, high, draws.unbind(1))], dim=1)
-
+    first = fits.float().argmax(0, keepdim=True)  # where none fits, the whole image
+    height, width = (torch.where(fits, s, size).gather(0, first)[0] for s in (height, width))
+    def weights(length, draw):
+        start = (draw * (size - length + 1)).floor()
+        centre = start + (pixel[:, None] + 0.5) * length / size
+        distance = (pixel + 0.5 - centre).abs() / (length / size).clamp(min=1)
+        triangle = (1 - distance).clamp(min=0) * ((pixel >= start) & (pixel < start + length))
+        return triangle / triangle.sum(3, keepdim=True)
+    return weights(height, down) @ x @ weights(width, right).mT
 
 def color_jitter(x, factors, order):
-    """Brightness, contrast, saturation, hue (0 to 3) by factors (N, 4), each in its order (N, 4).
-
-    The first three blend the image with black, its mean gray or its gray version.
-    """
-    for step in order.unbind(1):
-        gray = grayscale(x)
-        mean = gray.mean((2, 3), keepdim=True)
-        other = where(step == 2, gray, where(step == 1, mean, 0.0))
-        factor = factors.gather(1, step[:, None])[:, :, None, None]
-        blended = (factor * x + (1 - factor) * other).clamp(0, 1)
-        x = where(step == 3, shift_hue(x, factors[:, 3]), blended)
+    """Brightness, contrast, saturation (blends with black, mean gray, gray version by 1 + factor)
+    and hue, 0 to 3, in each image's order; factors, about 0, and order (4, N, 1, 1, 1)."""
+    brightness, contrast, saturation, hue = factors
+    for step in order:
+        gray = rgb_to_grayscale(x)
+        other = torch.where(step == 1, gray.mean((2, 3), keepdim=True), gray * (step == 2))
+        factor = torch.where(step == 1, contrast, torch.where(step == 2, saturation, brightness))
+        blended = (x + factor * (x - other)).clamp(0, 1)
+        x = torch.where(step == 3, shift_hue(x, hue), blended)
     return x
 
-
 def shift_hue(x, shift):
-    """Turn the hue of x (N, 3, H, W) by shift (N,) turns, through HSV without building it."""
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    r, g, b = x.unbind(1)
+    """Turn the hue of x (N, 3, H, W) by shift (N, 1, 1, 1) turns, through HSV, not building it."""
+    value, (r, g, b) = x.amax(1, keepdim=True), x.split(1, dim=1)
+    chroma = value - x.amin(1, keepdim=True)
     hue = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g))
     hue = hue / chroma.clamp(min=1e-8) + torch.where(value == r, 0, torch.where(value == g, 2, 4))
-    hue = hue + 6 * shift[:, None, None]
-    k = torch.stack([hue + 5, hue + 3, hue + 1], dim=1) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def grayscale(x):
-    """Luma (N, 1, H, W) of x (N, 3, H, W), ITU-R 601."""
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
-
+    k = (torch.cat([hue + 5, hue + 3, hue + 1], dim=1) + 6 * shift) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def gaussian_blur(x, sigma):
-    """Blur each image with its own sigma (N,) in pixels; odd kernel of about S/10, edges reflected.
-
-    Separable too: a row of weights holds the kernel, its overhang folded back at the edges.
-    """
-    size = x.shape[-1]
-    radius = max(1, size // 20)
-    offset = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
-    source = (torch.arange(size, device=x.device)[:, None] + offset).abs()  # reflects at 0
-    source = size - 1 - (size - 1 - source).abs()  # and at the far edge
-    weights = torch.einsum("no,soj->nsj", kernel, torch.eye(size, device=x.device)[source])[:, None]
-    return weights @ x @ weights.mT
-
-
-def solarize(x):
-    """Invert the pixels from one half up."""
-    return torch.where(x >= 0.5, 1 - x, x)
-
+    """Blur each image with its own sigma (N, 1, 1, 1) in pixels; odd kernel of about S/10."""
+    size, radius, groups = x.shape[-1], max(1, x.shape[-1] // 20), x.shape[0] * x.shape[1]
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
+    kernel = (kernel / kernel.sum(3, keepdim=True)).repeat_interleave(x.shape[1], dim=0)
+    y = F.pad(x, [radius] * 4, mode="reflect").view(1, groups, *[size + 2 * radius] * 2)
+    y = F.conv2d(y, kernel, groups=groups)  # separable too
+    return F.conv2d(y, kernel.mT, groups=groups).view(x.shape)
 
 # ==== 5. Backbone and heads [shared] ==============================================================
-class Residual(nn.Module):
-    """x + BN(conv(x)), rectified: the identity skip of equal width that DirectCLR leans on."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return F.relu(x + self.bn(self.conv(x)))
-
-
-class ConvNet(nn.Sequential):
-    """Four stages of 32 to 256 channels for CPUs: (N, 3, H, W) -> (N, 256)."""
-
-    def __init__(self):
-        layers, width = [], 3
-        for out, stride in ((32, 2), (64, 1), (128, 2), (256, 2)):
-            conv = nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(out), nn.ReLU()]
-            width = out
-        super().__init__(*layers, Residual(256), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 def build_backbone(arch, size):
-    """Return the backbone (N, 3, size, size) -> (N, F) and F.
-
-    Up to 64 pixels the ResNets get the CIFAR stem: a 3x3 convolution of stride 1, no max-pool.
-    """
+    """Return the backbone (N, 3, size, size) -> (N, F) and F; up to 64 pixels ResNets get the CIFAR
+    stem. convnet, for CPUs, ends with the identity skip that DirectCLR leans on, as they do."""
     if arch == "convnet":
-        return ConvNet(), 256
+        stages = ((3, 32, 2), (32, 64, 1), (64, 128, 2), (128, 256, 2))
+        layers = [torchvision.ops.Conv2dNormActivation(a, b, 3, stride) for a, b, stride in stages]
+        block = torchvision.models.resnet.Bottleneck(256, 64)
+        return nn.Sequential(*layers, block, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 256
     backbone = getattr(torchvision.models, arch)(weights=None)
-    num_features = backbone.fc.in_features
-    backbone.fc = nn.Identity()
+    num_features, backbone.fc = backbone.fc.in_features, nn.Identity()
     if size <= 64:
-        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        backbone.conv1, backbone.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-        backbone.maxpool = nn.Identity()
     return backbone, num_features
-
 
 class Model(nn.Module):
     """Backbone f, head g and the online probe, which learns from labels and teaches no one."""
-
     def __init__(self, args, size, classes):
         super().__init__()
         self.backbone, num_features = build_backbone(args.arch, size)
         self.head = build_head(num_features, args)
         self.probe = nn.Sequential(
-            nn.BatchNorm1d(num_features, affine=False), nn.Linear(num_features, classes)
-        )
-
+            nn.BatchNorm1d(num_features, affine=False), nn.Linear(num_features, classes))
     def forward(self, view1, view2):
         """Two views (N, 3, S, S) -> embeddings z1, z2 (N, D) and the probe's logits of view 1."""
         h1, h2 = self.backbone(view1), self.backbone(view2)
         return self.head(h1), self.head(h2), self.probe(h1.detach())
 
-
 # ==== 6. Evaluation [shared] ======================================================================
-@torch.no_grad()
-def extract_features(backbone, batches, n):
-    """Representations (n, F) float32, in eval mode, of n uint8 images in batches (N, 3, S, S)."""
-    training, features, done = backbone.training, None, 0
-    backbone.eval()
-    for batch in batches:
-        h = backbone((batch.float() / 255).contiguous(memory_format=torch.channels_last))
-        if features is None:  # whole at once: parts that stay would fragment the memory
-            features = h.new_empty(n, h.shape[1], dtype=torch.float32)
-        features[done : done + len(h)] = h
-        done += len(h)
-    backbone.train(training)
-    return features
-
-
-@torch.no_grad()
 def knn_accuracy(train_x, train_y, test_x, test_y, k=10):
     """Accuracy in percent of the vote of the k nearest by cosine; ties go to the lower class."""
-    train_x, hits = F.normalize(train_x, dim=1), 0
-    k, classes = min(k, len(train_x)), int(train_y.max()) + 1
+    k, classes, hits = min(k, len(train_x)), int(train_y.max()) + 1, 0
+    inverse = 1 / train_x.norm(dim=1).clamp(min=1e-12)  # a query's own norm changes no order
     rows = max(1, min(1000, 2**26 // len(train_x)))  # a quarter GiB of similarities at once
-    for x, y in zip(F.normalize(test_x, dim=1).split(rows), test_y.split(rows)):
-        nearest = train_y[(x @ train_x.T).topk(k, dim=1).indices]  # (rows, k)
+    for x, y in zip(test_x.split(rows), test_y.split(rows)):
+        nearest = train_y[(x @ train_x.T).mul_(inverse).topk(k, dim=1).indices]  # (rows, k)
         hits += (F.one_hot(nearest, classes).sum(1).argmax(1) == y).sum()
     return 100 * int(hits) / len(test_y)
 
-
 def linear_probe(train_x, train_y, test_x, test_y, steps=400):
-    """Accuracy in percent of multinomial logistic regression on standardised features.
-
-    scikit-learn's LogisticRegression with C = 1, the weight's penalty included: L-BFGS, at most
-    `steps` iterations, no learning rate, nothing random.
-    """
+    """Accuracy in percent of multinomial logistic regression on standardised features, equal to
+    scikit-learn's with C = 1 (of two classes C = 2, as both rows of weights are penalised)."""
     mean, std = train_x.mean(0), train_x.std(0, correction=0).clamp(min=1e-6)
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
-    classes = int(train_y.max()) + 1
-    weight = train_x.new_zeros(train_x.shape[1], classes, requires_grad=True)
-    bias = train_x.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
-
+    x, classes = (train_x - mean).div_(std), int(train_y.max()) + 1
+    weight, bias = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
+    optimizer = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()],
+                                  max_iter=steps, line_search_fn="strong_wolfe")
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(train_x @ weight + bias, train_y)
-        loss = loss + 0.5 * weight.square().sum() / len(train_y)
-        loss.backward()
-        return loss
-
+        total = 0.5 * weight.square().sum() / len(x)
+        total.backward()
+        for part, y in zip(x.split(2**16), train_y.split(2**16)):  # bounds the logits' memory
+            loss = F.cross_entropy(part @ weight + bias, y, reduction="sum") / len(x)
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
     optimizer.step(closure)
-    with torch.no_grad():
-        hits = ((test_x @ weight + bias).argmax(1) == test_y).sum()
+    hits = (((test_x - mean) / std @ weight + bias).argmax(1) == test_y).sum()
     return 100 * int(hits) / len(test_y)
 
-
 @torch.no_grad()
-def effective_rank(x):
-    """exp of the entropy of the normalised singular values of x (n, F): RankMe, 1 at collapse.
+def evaluate(model, data, args, linear=True, folder=None):
+    """Measure the frozen representation: accuracies in percent, knn, linear and online (the probe
+    trained along), and its effective rank. A folder gets embeddings.pt and neighbours.png."""
+    for buffer in model.buffers() if WORLD > 1 else ():
+        dist.broadcast(buffer, 0)  # on CPUs each process has BatchNorm's statistics of its own
+    _, images, labels, test_images, test_labels = data
+    device, size = model.eval().probe[1].weight.device, max(1, args.batch_size // WORLD)
+    def represent(images, index):  # every process sees to a share
+        share, h = math.ceil(len(index) / WORLD), []
+        mine = index[torch.arange(RANK * share, (RANK + 1) * share) % len(index)].split(size)
+        for x in fetch(images, ((None, part) for part in mine), device):
+            h.append(model.backbone((x / 255).contiguous(memory_format=torch.channels_last)))
+        return gather(torch.cat(h))[: len(index)]
+    known, test_y = torch.where(labels.cpu() >= 0)[0], test_labels.to(device)
+    h = represent(test_images, torch.arange(len(test_y)))
+    sets = represent(images, known), labels.to(device)[known], h, test_y
+    p = torch.linalg.eigvalsh(h.double().cpu().T @ h.double().cpu()).clamp(min=0).sqrt()
+    p = p / p.sum().clamp(min=1e-12)  # normalised singular values; exp of their entropy: RankMe
+    metrics = {"knn": knn_accuracy(*sets), **({"linear": linear_probe(*sets)} if linear else {}),
+               "online": 100 * (model.probe(h).argmax(1) == test_y).float().mean().item(),
+               "rank": torch.special.entr(p).sum().exp().item()}
+    if folder:
+        pick = torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:10000].sort()[0]
+        h, y = h[pick.to(device)], test_y.cpu()[pick]
+        z = torch.cat([model.head(part) for part in h.split(1000)])
+        save({"h": h.cpu(), "z": z.cpu(), "labels": y}, folder / "embeddings.pt")
+        h, rows = F.normalize(h, dim=1), torch.linspace(0, len(h) - 1, 8).long()
+        nearest = pick[(h[rows] @ h.T).topk(min(10, len(h))).indices.cpu()]  # (8, 10), itself first
+        x = next(fetch(test_images, [(None, nearest.flatten())], torch.device("cpu"))) / 255
+        torchvision.utils.save_image(x, folder / "neighbours.png", nrow=nearest.shape[1])
+    model.train()
+    return {name: round(value, 2) for name, value in metrics.items()}
 
-    They are the roots of the eigenvalues of X^T X or X X^T, the smaller, in float64 on the CPU.
-    """
-    x = x if len(x) >= x.shape[1] else x.T
-    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for part in x.split(1000):
-        part = part.to("cpu", torch.float64)
-        gram.addmm_(part.T, part)
-    p = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    p = p / p.sum().clamp(min=1e-12)
-    return math.exp(-torch.special.xlogy(p, p).sum().item())
-
-
-# ==== 7. Optimiser, schedule [shared] =============================================================
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, a weight at a time, to eta |w| / |gradient|.
-
-    You et al. 2017, as in VICReg's official code: weight decay enters the gradient first, tensors
-    of one dimension (biases, BatchNorm) and groups with eta 0 get neither decay nor scaling.
-    """
-
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
-
+# ==== 7. Optimiser [shared] =======================================================================
+class LARS(torch.optim.SGD):
+    """SGD whose gradients are scaled to eta |w| (You et al. 2017, as in VICReg's official code):
+    decay enters before; biases and BatchNorm (one dimension) get neither decay nor scaling."""
     @torch.no_grad()
     def step(self):
-        """Update every parameter that has a gradient; grouped kernels, no synchronisation."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            update = [p.grad for p in params]
-            scaled = [i for i, p in enumerate(params) if p.ndim > 1 and group["eta"]]
-            if scaled:
-                weights, gradients = [params[i] for i in scaled], [update[i] for i in scaled]
-                steps = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
-                w, u = (torch.stack(torch._foreach_norm(t)) for t in (weights, steps))
-                ratio = torch.where((w > 0) & (u > 0), group["eta"] * w / u, 1.0)
-                torch._foreach_mul_(steps, list(ratio.unbind()))
-                for i, step in zip(scaled, steps):
-                    update[i] = step
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, update)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
-
+            for p in group["params"] if group["eta"] else ():
+                if p.ndim > 1:
+                    p.grad.add_(p, alpha=group["decay"])
+                    ratio = group["eta"] * p.norm() / p.grad.norm()
+                    p.grad.mul_(ratio.where(ratio.isfinite() & (ratio > 0), 1.0))
+        super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head; for the online probe plain SGD at a rate of its own."""
-    lr = args.lr * args.batch_size / 256
-    groups = [{"params": [*model.backbone.parameters()], "lr": lr},
-              {"params": [*model.head.parameters()], "lr": lr * (args.head_lr or 1)},
-              {"params": model.probe.parameters(), "lr": 0.1, "weight_decay": 0.0, "eta": 0.0}]
-    groups = [group for group in groups if group["params"]]  # a head may have no parameters
-    kind = torch.optim.SGD if args.optimizer == "sgd" else LARS
-    optimizer = kind(groups, lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    return optimizer
-
-
-def set_learning_rate(optimizer, step, steps, warmup):
-    """Linear warm-up over the first warmup steps, then a cosine to zero at the last."""
-    if step < warmup:
-        factor = (step + 1) / warmup
-    else:
-        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-
+    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD's
+    largest stable rate falls with the width of an expander: beyond 1024 it gets less."""
+    lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
+    widths = [m.num_features for m in model.head.modules() if isinstance(m, nn.BatchNorm1d) and sgd]
+    rates = (model.backbone, lr), (model.head, lr * 1024 / max([1024, *widths])), (model.probe, 0.1)
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate,
+               "peak_lr": rate, "eta": 0.001, "decay": args.weight_decay,
+               "weight_decay": args.weight_decay * sgd} for part, rate in rates]
+    groups[-1].update(weight_decay=0.0, eta=0.0)  # the probe's
+    fused = sgd and groups[0]["params"][0].is_cuda
+    return (torch.optim.SGD if sgd else LARS)(groups, momentum=0.9, fused=fused)
 
 # ==== 8. Runtime [shared] =========================================================================
-DIVERGED = 3  # exit code where the loss or a weight is not finite
-
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+DIVERGED, SAVE_EVERY = 3, 60.0  # exit code where training is not finite; seconds between saves
+FREE = ("data", "data_dir", "device", "compile", "deterministic", "workers")  # on --resume
+POSITIVE = ("dim", "temperature", "lr", "epochs", "mu", "eps")  # flags that must not be 0
 
 def fail(message, code=2):
     """End the program with one line on what was wrong and an exit code."""
     print(f"{METHOD}.py: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
 
+def derive_seed(*keys):
+    """A seed from whole numbers: every draw is a function of (seed, what, when), none is saved."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 def choose_device(args):
-    """Return the device and the autocast dtype, None for float32, that args ask for.
-
-    Float32 on a GPU keeps PyTorch's defaults: convolutions in TF32, matrix products in full. Of
-    several processes on a machine each takes the GPU of its local rank.
-    """
+    """Return the device and the autocast dtype; float32 keeps PyTorch's defaults."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here; leave the flag out or say cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.backends.cudnn.benchmark = not args.deterministic
+    name, best = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"), "fp32"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
         torch.zeros(1, device=device).cpu()
     except Exception as error:  # each backend has exceptions of its own
         fail(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    precision = args.precision
-    if precision == "auto":
-        level = capability(device)
-        precision = "bf16" if level >= 8 else "fp16" if level >= 7 else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        fail("--precision fp16 needs a GPU; on a CPU say bf16 or fp32")
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-
-
-def capability(device):
-    """Major compute capability of a CUDA device, 0 for others; 7 has tensor cores and Triton."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
-def join_processes(args):
-    """Join the processes that torchrun started along with this one, if it did; as processes()."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world or args.batch_size < 2 * world:
-        fail(f"--batch-size {args.batch_size} is for all processes: a multiple of their number, "
-             f"{world}, and two images each")
-    if world > 1 and not dist.is_initialized():  # NCCL for GPUs, gloo for CPUs
-        dist.init_process_group(timeout=datetime.timedelta(hours=3))
-    return processes()
-
-
-def processes():
-    """The rank of this process and the number of processes: 0 and 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
+        best = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+        args.precision.replace("auto", best)]
 
 def gather(x):
     """x (n, ...) of all processes, (N, ...); its gradient reaches this process's own part alone."""
-    rank, world = processes()
-    if world == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[rank] = x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    WORLD == 1 or dist.all_gather(parts, x.detach().contiguous())
+    parts[RANK] = x
     return torch.cat(parts)
 
+def agree(number=0):
+    """The largest of all processes' numbers, such as signals; waits for all of them."""
+    number = torch.tensor(number)
+    WORLD == 1 or dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
-def agree(caught):
-    """The first signal that any process caught, or None; waits for all processes."""
-    signum = torch.tensor(caught[0] if caught else 0)
-    if dist.is_initialized():
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-    return signum.item() or None
-
-
-def make_run_folder(args):
-    """Create and return --out, or runs/METHOD-VARIANT-DATA, numbered where it is taken."""
-    variant = getattr(args, VARIANT)
-    names = [METHOD, *([] if variant == next(iter(VARIANTS)) else [variant])]
-    name = args.out or f"runs/{'-'.join([*names, Path(args.data).resolve().name])}"
-    for number in itertools.count(1):
-        out = Path(name if number == 1 else f"{name}-{number}")
-        try:
-            out.mkdir(parents=True, exist_ok=bool(args.out))
-            return out
-        except FileExistsError as error:
-            if args.out or not out.is_dir():
-                fail(f"cannot make the run folder {out}: {error}")
-        except OSError as error:
-            fail(f"cannot make the run folder {out}: {error}")
-
+def open_run(args, log_bytes):
+    """Return the run folder, --resume, --out or runs/NAME-DATA, numbered where it is taken, and its
+    log, without what came after the checkpoint."""
+    name, number = f"runs/{RUN_NAME.format(**vars(args))}-{Path(args.data).resolve().name}", 1
+    folder = Path(args.resume or args.out or name)
+    while folder.exists() and not (args.resume or args.out):
+        number, folder = number + 1, Path(f"{name}-{number + 1}")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / "log.jsonl", "a" if args.resume else "x", buffering=1)
+    log.truncate(min(log_bytes, os.path.getsize(log.name)))
+    return folder, log
 
 def save(value, path):
     """torch.save under a temporary name, then rename: a crash leaves the old file or the new."""
-    temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(file.name, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        Path(f"{path}.tmp").unlink(missing_ok=True)
         fail(f"cannot write {path}: {error}; what was saved before is still there")
-
-
-CHECKPOINT = {  # what last.pt holds; data: number of images, their size, the classes
-    "format": int, "method": str, "args": dict, "data": list, "step": int, "seconds": float,
-    "history": list, "untrained": dict, "log_bytes": int, "backbone": dict, "head": dict,
-    "probe": dict, "optimizer": dict, "scaler": dict}
-
 
 def load_checkpoint(run):
     """Read RUN/last.pt, tensors and numbers only: no code in it can run. Ends where it cannot."""
-    path = Path(run) / "last.pt"
-    if not path.is_file():
-        fail(f"--resume {run}: no last.pt there")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        method, version = checkpoint["method"], checkpoint["format"]
-        if not all(isinstance(checkpoint[name], kind) for name, kind in CHECKPOINT.items()):
-            raise TypeError("an entry of the wrong kind")
+        state = torch.load(Path(run, "last.pt"), map_location="cpu", weights_only=True, mmap=True)
+        method, _ = state["method"], {**state["args"]}
     except Exception as error:  # a damaged or hostile file can raise nearly anything
-        fail(f"--resume {run}: last.pt is damaged or no checkpoint of ours "
-             f"({type(error).__name__})")
-    if (method, version) != (METHOD, 2):
-        fail(f"--resume {run}: a run of {method}.py (format {version}), not of {METHOD}.py (2)")
-    return checkpoint
-
-
-def save_checkpoint(model, optimizer, scaler, run, state):
-    """Write last.pt, everything to go on with, from process 0."""
-    if processes()[0]:
-        return
-    save({"format": 2, "method": METHOD, **state,
-          "log_bytes": run.file.tell(), "backbone": model.backbone.state_dict(),
-          "head": model.head.state_dict(), "probe": model.probe.state_dict(),
-          "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
-         run.folder / "last.pt")
-
-
-def restore(checkpoint, model, optimizer, scaler, state):
-    """Put a checkpoint back into the objects that save_checkpoint took it from."""
-    if checkpoint["data"] != state["data"]:
-        fail("--data holds {} images of {} px, the run's {} of {} px; or the classes differ".format(
-            *state["data"][:2], *checkpoint["data"][:2]))
-    try:
-        for name in ("backbone", "head", "probe"):
-            getattr(model, name).load_state_dict(checkpoint[name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty where the run had none, on another device
-            scaler.load_state_dict(checkpoint["scaler"])
-        state.update({name: checkpoint[name] for name in state})
-        device = next(model.parameters()).device
-        state["history"] = [row.to(device) for row in state["history"]]
-    except Exception as error:  # whatever an edited file can bring about
-        fail(f"last.pt does not fit this run: {error}")
-
-
-def derive_seed(*keys):
-    """One 64-bit seed from whole numbers.
-
-    Every draw is a function of (seed, stream, epoch or step): no generator's state needs saving,
-    and a resumed run draws what it would have drawn.
-    """
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
-
-
-def environment(device):
-    """What a log needs to be understood later: command, versions, machine, commit."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
-            text=True, cwd=Path(__file__).resolve().parent).stdout.strip() or None
-    except OSError:
-        commit = None
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"argv": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "numpy": np.__version__, "gpu": gpu,
-            "cpu": platform.machine(), "threads": torch.get_num_threads(), "commit": commit}
-
-
-class Run:
-    """A run folder being written: log.jsonl, last.pt; and what the console shows meanwhile.
-
-    Of several processes only the first writes and prints; the others' folder is None.
-    """
-
-    def __init__(self, folder, log_bytes=None):
-        self.folder, self.live = folder, 0
-        path = folder / "log.jsonl" if folder else Path(os.devnull)
-        if log_bytes and path.is_file():  # what was logged after the checkpoint comes again
-            os.truncate(path, min(log_bytes, path.stat().st_size))
-        self.file = open(path, "a" if log_bytes else "w", buffering=1)
-
-    def log(self, record):
-        self.file.write(json.dumps(record) + "\n")
-
-    def print(self, text, live=False):
-        """Print a line; a live one shows on a terminal only, and the next one replaces it."""
-        if self.folder is None or (live and not sys.stdout.isatty()):
-            return
-        if live:
-            text = text[: shutil.get_terminal_size().columns - 1]
-        print("\r" * bool(self.live) + text.ljust(self.live), end="" if live else "\n", flush=True)
-        self.live = len(text) if live else 0
-
-
-@contextlib.contextmanager
-def catch_signals(run):
-    """Collect SIGINT and SIGTERM in a list, to stop between two steps; a second one ends a single
-    process at once, while torchrun passes on what the others had too."""
-    caught, before = [], {}
-
-    def handle(signum, frame):
-        caught.append(signum)
-        if not dist.is_initialized():
-            signal.signal(signum, before[signum])
-        run.print("stopping after this step; once more to stop at once")
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        before[signum] = signal.signal(signum, handle)
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
+        fail(f"--resume {run}: last.pt is missing, damaged or not ours ({type(error).__name__})")
+    method == METHOD or fail(f"--resume {run}: a run of {method}.py, not of {METHOD}.py")
+    return state
 
 # ==== 9. Training [shared] ========================================================================
-FREE = ("data", "data_dir", "device", "compile", "deterministic", "eval_every", "save_every",
-        "workers", "max_unreadable")
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite int or float from low to high; above: greater than low."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            name = "a whole number" if kind is int else "a number"
-            bound = f"above {low}" if above else f"of at least {low}"
-            bound += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bound}")
-        return value
-
-    return parse
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names each default after its help, but for those that the help itself tells."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse_args(argv=None):
     """Parse the command line; with --resume the run's own arguments, which must not be gainsaid."""
-    fraction = number(float, 0, 1)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
-    parser.error = fail
-    add_method_args(parser.add_argument_group("method"))
-    add = parser.add_argument_group("data and backbone").add_argument
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error, add = fail, parser.add_argument
+    add_method_args(add)
     add("--data", default="cifar10", help="cifar10, cifar100, stl10, shapes or a folder of images")
     add("--data-dir", default="data", help="where downloaded data sets are kept")
-    add("--image-size", type=number(int, 8), help="pixels, for folders; default: the first image's")
-    add("--stream", action=argparse.BooleanOptionalAction,
-        help="read a folder's images when they are needed; default: where they take over 4 GiB")
-    add("--max-unreadable", type=number(int, 0), default=0,
-        help="unreadable images of a folder that are named and skipped, by each process")
-    add("--holdout", type=number(int, 0), default=0,
-        help="evaluate on this many training images, held out, instead of the test set")
-    add("--arch", choices=("convnet", "resnet18", "resnet34", "resnet50"),
-        help="default: convnet for shapes, else resnet18")
-    add = parser.add_argument_group("augmentation (two values: one for each view)").add_argument
-    add("--crop", type=fraction, nargs=2, default=[0.2, 1.0], help="smallest and largest area")
-    add("--flip", type=fraction, default=0.5, help="probability")
-    add("--jitter", type=number(float, 0), nargs=4, default=[0.4, 0.4, 0.4, 0.1],
-        help="strength for brightness, contrast, saturation, hue")
-    add("--jitter-prob", type=fraction, default=0.8, help="probability")
-    add("--gray", type=fraction, default=0.1, help="probability of grayscale")
-    add("--blur", type=fraction, nargs="+", default=[0.0], help="probability of Gaussian blur")
-    add("--solarize", type=fraction, nargs="+", default=[0.0], help="probability of solarisation")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(int, 1), help="default: 15 for shapes, else 100")
-    add("--steps", type=number(int, 1), help="stop after this many steps in all, as in a dry run")
-    add("--batch-size", type=number(int, 2),
-        help="images, of all processes; default: 128 for shapes, else 512")
+    add("--image-size", type=int, default=0, help="of a folder; 0: its files' median, at most 224")
+    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="that read a folder")
+    add("--holdout", type=int, default=0, help="test on so many training images, held out")
+    add("--arch", choices=("convnet", "resnet18", "resnet34", "resnet50"), default="resnet18")
+    add("--crop", type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest area")
+    add("--jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1], help="strengths, hue last")
+    add("--gray", type=float, default=0.1, help="probability of grayscale")
+    add("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
+    add("--solarize", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
+    add("--epochs", type=int, default=100, help="passes over the training images; of shapes 5")
+    add("--steps", type=int, default=0, help="stop after so many in all, as in a dry run; 0: never")
+    add("--batch-size", type=int, default=512, help="images, of all processes; of shapes 128")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
-    add("--head-lr", type=number(float, 0, above=True),
-        help="learning rate of the head over the backbone's; default: 1, less for wide expanders")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="weight decay")
-    add("--warmup", type=number(float, 0), help="epochs of linear warm-up; default: a tenth of all")
-    add("--seed", type=number(int, 0), default=0, help="decides every random choice")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", help="run folder; default: runs/METHOD-VARIANT-DATA, numbered where it is taken")
+    add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
+    add("--warmup", type=float, default=0.1, help="part of the training in which the rate rises")
+    add("--seed", type=int, default=0, help="decides every random choice")
+    add("--out", help="run folder; by default runs/NAME-DATA, numbered where it is taken")
     add("--resume", metavar="RUN", help="go on with the run in this folder")
-    add("--device", help="cuda, cpu, ...; default: cuda where there is one")
+    add("--device", default="auto", help="cuda, cpu, ...; auto: cuda where there is one")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="auto: bf16 or fp16 on a GPU, whichever it does well, fp32 on a CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
-    add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
-        help="repeat a run bit for bit on a GPU too: slower kernels, nothing compiled by default")
-    add("--eval-every", type=number(int, 1), help="epochs between kNN; default: a tenth of all")
-    add("--save-every", type=number(float, 0), default=60.0, help="seconds between checkpoints")
-    add("--workers", type=number(int, 1), help="processes that read a folder for each that trains",
-        default=min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1))
-    args = complete(parser.parse_args(argv))
-    if args.resume is None and args.out and (Path(args.out) / "last.pt").exists():
-        fail(f"--out {args.out} holds a run; choose another, or --resume {args.out} to go on")
+        help="auto: on a GPU bf16 or fp16, whichever it does well, on a CPU fp32")
+    add("--compile", action="store_true", help="torch.compile; a minute or two at the start")
+    add("--deterministic", action="store_true", help="repeat a run bit for bit on a GPU too")
+    args, saved = parser.parse_args(argv), {}
+    if args.data == "shapes":
+        parser.set_defaults(arch="convnet", epochs=5, batch_size=128)
     if args.resume is not None:
         saved = load_checkpoint(args.resume)["args"]
-        try:
-            typed = complete(parser.parse_args(argv, argparse.Namespace(**saved)))
-            known = saved.keys() | {"resume", "steps"} == vars(args).keys()
-        except (AttributeError, TypeError):  # an edited file: arguments missing, or of another kind
-            known = False
-        if not known:
-            fail(f"--resume {args.resume}: last.pt holds other arguments than this script's")
-        wrong = [f"--{k.replace('_', '-')} {getattr(typed, k)} (the run's: {v})"
-                 for k, v in saved.items() if k not in FREE and getattr(typed, k) != v]
-        if wrong:
-            fail(f"--resume {args.resume} takes the run's own flags; remove {', '.join(wrong)}")
-        args = typed
+        parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    typed = [f"--{k} {getattr(args, k)} (the run's: {v})" for k, v in saved.items()
+             if k not in FREE and getattr(args, k) != v]
+    shares = (args.gray, *args.blur, *args.solarize, *args.jitter, 2 * args.jitter[3], args.warmup)
+    for rule, holds in {
+            f"--resume takes the run's own flags; remove {', '.join(typed)}": not typed,
+            **{f"--{name} {value}: a number {'above' if name in POSITIVE else 'of at least'} 0":
+               0 <= value < math.inf and (value > 0 or name not in POSITIVE)
+               for name, value in vars(args).items() if isinstance(value, (int, float))},
+            "--image-size >= 8": args.image_size not in range(1, 8),
+            "0 <= --gray, --blur, --solarize, --jitter, --warmup <= 1, the hue's <= 0.5": all(
+                0 <= x <= 1 for x in shares),
+            "0 < --crop LOW <= HIGH <= 1": 0 < args.crop[0] <= args.crop[1] <= 1,
+            f"--batch-size {args.batch_size} is for all processes, a multiple of their number, "
+            f"{WORLD}, and two each": args.batch_size % WORLD == 0 and args.batch_size >= 2 * WORLD,
+            f"--out {args.out} holds a run; choose another, or --resume {args.out} to go on":
+                args.resume or not Path(f"{args.out}/log.jsonl").exists()}.items():
+        holds or fail(rule)
     return args
 
+def plan(n, args, steps, device):
+    """Yield epoch and index (batch size,) of this process's images for each of a range of steps."""
+    for step in steps:
+        epoch, position = divmod(step, n // args.batch_size)
+        if position == 0 or step == steps[0]:
+            generator = torch.Generator().manual_seed(derive_seed(args.seed, 1, epoch))
+            order = torch.randperm(n, generator=generator).to(device)
+        yield epoch, order[position * args.batch_size :][: args.batch_size].chunk(WORLD)[RANK]
 
-def complete(args):
-    """Fill in the defaults that depend on --data; check what one flag's type cannot."""
-    small = args.data == "shapes"
-    args.arch = args.arch or ("convnet" if small else "resnet18")
-    args.epochs = args.epochs or (15 if small else 100)
-    args.batch_size = args.batch_size or (128 if small else 512)
-    args.eval_every = args.eval_every or math.ceil(args.epochs / 10)
-    args.warmup = args.epochs / 10 if args.warmup is None else args.warmup
-    for name in ("blur", "solarize"):
-        if len(getattr(args, name)) > 2:
-            fail(f"--{name} takes one value, or two: one for each view")
-        setattr(args, name, (getattr(args, name) * 2)[:2])
-    if not 0 < args.crop[0] <= args.crop[1]:
-        fail(f"--crop {args.crop[0]} {args.crop[1]}: two areas above 0, the smaller one first")
-    if args.jitter[3] > 0.5:
-        fail(f"--jitter: a hue of {args.jitter[3]} is more than half a turn; at most 0.5")
-    return args
-
-
-def represent(backbone, images, labels, index, device):
-    """Representations (n, F) and labels (n,) of images[index]; every process sees to a share."""
-    rank, world = processes()
-    share, found = math.ceil(len(index) / world), []
-    mine = index[torch.arange(rank * share, (rank + 1) * share) % len(index)]
-
-    def batches():
-        for batch, where in fetch(images, ((part, None) for part in mine.split(500)), device):
-            found.append(labels[where].to(device))
-            yield batch
-
-    features = extract_features(backbone, batches(), share)
-    return gather(features)[: len(index)], gather(torch.cat(found))[: len(index)]
-
-
-def evaluate(model, data, device, linear):
-    """Measure the frozen representation on the test images; a dict of accuracies in percent.
-
-    knn; online, the probe trained along; rank, the effective rank; linear, if asked. Parameters and
-    the first process's buffers stay as they are.
-    """
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)  # on CPUs each process has BatchNorm's statistics of its own
-    known = torch.where(data.train_labels >= 0)[0]
-    every = torch.arange(len(data.test_labels))
-    train = represent(model.backbone, data.train_images, data.train_labels, known, device)
-    test = represent(model.backbone, data.test_images, data.test_labels, every, device)
-    metrics = {"knn": knn_accuracy(*train, *test)}
-    model.probe.eval()
-    with torch.no_grad():
-        hits = model.probe(test[0]).argmax(1) == test[1]
-        metrics["online"] = 100 * hits.float().mean().item()
-    model.probe.train()
-    metrics["rank"] = effective_rank(test[0])
-    if linear:
-        metrics["linear"] = linear_probe(*train, *test)
-    return {name: round(value, 2) for name, value in metrics.items()}
-
-
-def schedule(images, args, first, last):
-    """For each step from first to last: index (n,) of this process's images, and seeds (n,) for
-    their crops, which a Folder needs."""
-    rank, world = processes()
-    size, generator = args.batch_size // world, torch.Generator()
-    for step in range(first, last):
-        epoch, position = divmod(step, len(images) // args.batch_size)
-        if position == 0 or step == first:
-            generator.manual_seed(derive_seed(args.seed, 1, epoch))
-            order = torch.randperm(len(images), generator=generator).to(images.device)
-        generator.manual_seed(derive_seed(args.seed, 3, step))
-        seeds = torch.randint(2**63 - 1, (args.batch_size,), generator=generator)
-        start = position * args.batch_size + rank * size
-        yield order[start : start + size], seeds[rank * size : (rank + 1) * size]
-
-
-def train_step(model, optimizer, scaler, view, images, labels, args, dtype):
-    """One update on this process's images, uint8 (n, 3, S, S), or a Folder's pairs of crops
-    (n, 2, 3, S, S), and labels (n,); returns loss and parts of the global batch, not waiting."""
-    (rank, world), n, cropped = processes(), len(images), images.ndim == 5
-    draws = torch.rand(2, world * n, DRAWS, device=images.device)[:, rank * n : (rank + 1) * n]
-    views = [view(images[:, i] if cropped else images, draws[i], i, args, cropped)
-             .contiguous(memory_format=torch.channels_last) for i in (0, 1)]
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        outputs = model(*views)
+def train_step(network, optimizer, scaler, view, images, labels, draws, args, dtype):
+    """One update on this process's images, uint8 (n, 3, S, S) or pairs of crops (n, 2, 3, S, S),
+    with labels (n,) and draws (2, DRAWS, n, 1, 1, 1); loss and parts of the global batch."""
+    views = [view(images, draws[i], i, args, dtype) for i in (0, 1)]
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        outputs = network(*views)
     z1, z2, logits = (gather(output.float()) for output in outputs)  # (N, ..)
-    labels = gather(labels)
     loss, parts = loss_fn(z1, z2, args)
+    labels = gather(labels)
     online = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
     online = online / (labels >= 0).sum().clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
     # each process has the gradient of its own images; DistributedDataParallel takes the mean
-    scaler.scale(world * (loss + online)).backward()
+    scaler.scale(WORLD * (loss + online)).backward()
     scaler.step(optimizer)
     scaler.update()
     return {"loss": loss.detach(), **parts, "probe": online.detach()}
 
-
-def train(model, optimizer, scaler, data, args, dtype, run, state):
-    """Train from state["step"] to the end, keeping state; None, or the signal that stopped it."""
-    images, labels, device = data.train_images, data.train_labels, next(model.parameters()).device
-    epoch_steps = len(images) // args.batch_size
-    steps = args.epochs * epoch_steps
-    first, last = state["step"], min(steps, args.steps or steps)
-    view, network = augment, model
-    compiles = capability(device) >= 7 and not args.deterministic
-    if args.compile or (args.compile is None and compiles):
+def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
+    """Train from state["step"] to the end, keeping state; the signal that stopped it, or 0."""
+    device, (_, images, labels, *_) = model.probe[1].weight.device, data
+    epoch_steps, view, network = len(labels) // args.batch_size, augment, model
+    steps, warmup = args.epochs * epoch_steps, args.warmup * args.epochs * epoch_steps
+    span = range(state["step"], min(steps, args.steps or steps))
+    if args.compile:
         view = torch.compile(augment)
-        if args.compile or not dist.is_initialized():  # SyncBatchNorm would break it to pieces
-            model.compile()
-    if dist.is_initialized():
-        network = nn.parallel.DistributedDataParallel(model)
-    start = shown = saved = epoch_start = time.time()
-    before, epoch_first = state["seconds"], first % epoch_steps
-    batches = fetch(images, schedule(images, args, first, last), device)
-    with catch_signals(run) as caught:
-        for step, (batch, index) in zip(range(first, last), batches):
-            epoch, position = divmod(step, epoch_steps)
-            if position == 0:
-                state["history"], epoch_start, epoch_first = [], time.time(), 0
-            set_learning_rate(optimizer, step, steps, round(args.warmup * epoch_steps))
-            torch.manual_seed(derive_seed(args.seed, 2, step))
+        WORLD > 1 or model.compile()  # SyncBatchNorm would break it to pieces
+    if WORLD > 1:
+        network = nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    plans = [plan(len(labels), args, span, labels.device) for _ in (0, 1)]
+    before, caught, stop = state["seconds"], [0], 0
+    start = saved = time.time()
+    with contextlib.ExitStack() as stack:
+        for signum in (signal.SIGINT, signal.SIGTERM):  # save, and leave when asked
+            handler = signal.signal(signum, lambda signum, frame: caught.append(signum))
+            stack.callback(signal.signal, signum, handler)
+        for step, (epoch, index), batch in zip(span, plans[0], fetch(images, plans[1], device)):
+            rate = min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(
+                math.pi * max(0, step - warmup) / max(1, steps - warmup)))  # a cosine to zero
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * rate
+            torch.manual_seed(derive_seed(args.seed, 2, step))  # on the CPU: alike for all GPUs
+            draws = torch.rand(2, DRAWS, args.batch_size, 1, 1, 1).chunk(WORLD, dim=2)[RANK]
+            draws = draws.pin_memory() if device.type == "cuda" else draws
             parts = train_step(network, optimizer, scaler, view, batch,
-                               labels[index].to(device, non_blocking=True), args, dtype)
-            state["history"].append(torch.stack([*parts.values()]))
-            state["step"], now = step + 1, time.time()
-            ends, final = position + 1 == epoch_steps, step + 1 == last
-            due, stop = now - saved >= args.save_every, agree(caught)
-            if not (ends or final or due or stop or now - shown >= 0.5):
+                               labels[index].to(device, non_blocking=True),
+                               draws.to(device, non_blocking=True), args, dtype)
+            position, sums = step % epoch_steps + 1, torch.stack([*parts.values()])
+            state["sums"] = sums if position == 1 else state["sums"].to(device) + sums
+            state["step"], ends, stop = step + 1, position == epoch_steps, agree(caught[-1])
+            due = stop or step + 1 == span.stop or time.time() - saved >= SAVE_EVERY
+            if not (ends or due):
                 continue
             # only here does the loop wait for the device
-            record = dict(zip(parts, mean_history(state["history"], parts, epoch, epoch_steps)))
-            now = shown = time.time()
-            state["seconds"] = before + now - start
-            speed = args.batch_size * (position + 1 - epoch_first) / (now - epoch_start)
-            left = (now - start) / (step + 1 - first) * (last - step - 1)
-            left = f"{datetime.timedelta(seconds=round(left))} left"
-            text = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
-            epoch_text = f"epoch {epoch + 1:3d}/{args.epochs}"
-            if not (ends or final):  # what matters first: a narrow terminal cuts the rest
-                run.print(f"{epoch_text}  step {position + 1}/{epoch_steps}  {left}  {text}", True)
-            if ends or final or due or stop:
-                check_weights(model, state)
-            if ends and (epoch + 1) % args.eval_every == 0 and not final:
-                record |= evaluate(model, data, device, linear=False)
-                text += f"  kNN {record['knn']:.1f}  online {record['online']:.1f}"
-            if ends or final:
-                run.print(f"{epoch_text}  {text}  {speed:,.0f} images/s  {left}")
-            if ends:
-                run.log({"epoch": epoch + 1, "step": step + 1, **record,
-                         "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(speed),
-                         "seconds": round(state["seconds"], 1)})
-            if final or due or stop:
-                save_checkpoint(model, optimizer, scaler, run, state)
+            record = dict(zip(parts, (state["sums"] / position).tolist()))
+            weights = [t for t in model.state_dict().values() if t.is_floating_point()]
+            finite = torch.stack([*torch._foreach_norm(weights), *state["sums"]]).isfinite().all()
+            finite and scaler.get_scale() >= 2**-10 or fail(  # fp16 skips steps until it is tiny
+                f"training is not finite after step {step + 1}: {record}; the last checkpoint "
+                "stays; try a smaller --lr or --precision fp32", DIVERGED)
+            pace = (time.time() - start) / (step + 1 - span.start)
+            state["seconds"] = round(before + time.time() - start, 1)
+            if ends and step + 1 < span.stop and (epoch + 1) % math.ceil(args.epochs / 10) == 0:
+                record |= evaluate(model, data, args, linear=False)
+            report({"epoch": epoch + ends, "step": step + 1, **record, "seconds": state["seconds"],
+                    "lr": optimizer.param_groups[0]["lr"], "images_per_second": round(
+                        args.batch_size / pace), "left": round(pace * (span.stop - step - 1))},
+                   logged=ends)
+            if due:
+                save_all()
                 saved = time.time()
             if stop:
                 break
-        stop = agree(caught)  # a process that ends before the first has saved would end that too
-    return stop
-
-
-def check_weights(model, state):
-    """End the program where a weight or a buffer is not finite: such a state is never saved."""
-    tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
-    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
-        fail(f"weights are not finite after step {state['step']}; the last checkpoint stays; "
-             "try a smaller --lr or --precision fp32", DIVERGED)
-
-
-def mean_history(history, names, epoch, epoch_steps):
-    """Means over this epoch's steps of the loss and its parts; ends where one is not finite."""
-    values = torch.stack(history).cpu()  # (steps, parts)
-    bad = torch.where(~values.isfinite().all(1))[0]
-    if len(bad):
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values[bad[0]]))
-        fail(f"the loss is not finite in epoch {epoch + 1}, step {int(bad[0]) + 1} of {epoch_steps}"
-             f": {parts}; the last checkpoint stays; try a smaller --lr or --precision fp32",
-             DIVERGED)
-    return values.mean(0).tolist()
-
-
-def summary(name, metrics):
-    """One line of a table with the accuracies in percent and the effective rank."""
-    return "{:10s} kNN {knn:5.1f}  linear {linear:5.1f}  rank {rank:6.1f}".format(name, **metrics)
-
-
-def run_all(args, argv):
-    """Train every variant in turn, each in a folder of its own; print their table and return it.
-
-    What is there is not trained again: after a stop, the same command goes on.
-    """
-    folder = Path(args.out or f"runs/{METHOD}-all-{Path(args.data).resolve().name}")
-    table = {}
-    for variant in VARIANTS:
-        out = folder / variant
-        row = [*(sys.argv[1:] if argv is None else argv), f"--{VARIANT}", variant]
-        asked = vars(parse_args(row))
-        if (out / "last.pt").exists():
-            begun = load_checkpoint(out)["args"]
-            wrong = [f"--{k.replace('_', '-')} {v}" for k, v in begun.items()
-                     if k not in (*FREE, "out") and asked.get(k) != v]
-            if wrong:
-                fail(f"{out} was begun with {', '.join(wrong)}; say so, or choose another --out")
-            row += ["--out", begun["out"] or str(out), "--resume", str(out)]
-        else:
-            row += ["--out", str(out)]
-        try:
-            table[variant] = main(row)
-        except SystemExit as stop:  # one that diverges does not end the others
-            if stop.code != DIVERGED or dist.is_initialized():
-                raise
-            table[variant] = {}
-    columns = ("knn", "linear", "online", "rank", "seconds")
-    print("\n{:12s}".format(VARIANT) + "".join(f"{name:>9s}" for name in columns))
-    for variant, metrics in table.items():
-        cells = "".join(f"{metrics[name]:9.1f}" for name in columns) if metrics else "   failed"
-        print(f"{variant:12s}{cells}")
-    if not all(table.values()):
-        raise SystemExit(DIVERGED)
-    return table
-
+        return agree(stop)  # a process that ends before the first has saved would end that too
 
 def main(argv=None):
     """Train and evaluate; the final metrics, accuracies in percent, as in the log's last line."""
     args = parse_args(argv)
-    if getattr(args, VARIANT) == "all":
-        return run_all(args, argv)
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     device, dtype = choose_device(args)
-    rank, world = join_processes(args)
-    checkpoint = load_checkpoint(args.resume) if args.resume is not None else None
-    waits = args.data in DOWNLOADS and os.environ.get("LOCAL_RANK", "0") != "0"
-    data = None if waits else load_data(args)
-    agree([])  # one process on each machine has downloaded
-    data = data or load_data(args)
-    n, size = len(data.train_images), data.train_images.shape[-1]
-    if n < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {n} training images")
-    if device.type == "cuda" and data.train_images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        data = Data(*(part.to(device) for part in data[:4]), data.classes)
+    cuda = device.type == "cuda"
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    data = load_data(args) if LOCAL_RANK == 0 else None  # one process of a machine downloads
+    agree()
+    classes, images, labels, *_ = data = data or load_data(args)
+    n, size = len(labels), images.shape[-1]
+    n >= args.batch_size or fail(f"--batch-size {args.batch_size} is more than the {n} images")
+    if cuda and torch.is_tensor(images) and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        data = classes, *(part.to(device) for part in data[1:])
     torch.manual_seed(derive_seed(args.seed, 0))
-    asked = {k: v for k, v in vars(args).items() if k not in ("resume", "steps")}
-    model = Model(args, size, len(data.classes)).to(device, memory_format=torch.channels_last)
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = Model(args, size, len(classes)).to(device, memory_format=torch.channels_last)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda and WORLD > 1 else model
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    state = {"step": 0, "seconds": 0.0, "history": [], "untrained": {},
-             "data": [n, size, data.classes]}
-    if checkpoint:
-        restore(checkpoint, model, optimizer, scaler, state)
-    state["args"] = asked  # as they were before build_head filled in what was left to it
-    folder = None if rank else Path(args.resume) if checkpoint else make_run_folder(args)
-    run = Run(folder, checkpoint and checkpoint["log_bytes"])
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head)]
-    precision = str(dtype or torch.float32).removeprefix("torch.")
-    header = {"method": METHOD, "args": vars(args), **environment(device), "processes": world,
-              "precision": precision, "parameters": dict(zip(("backbone", "head"), sizes)),
-              "images": n, "test_images": len(data.test_images), "image_size": size,
-              "classes": len(data.classes), "steps_per_epoch": n // args.batch_size,
-              "learning_rate": optimizer.param_groups[0]["peak_lr"]}
-    run.print(f"{METHOD} ({getattr(args, VARIANT)}) on {args.data}: {n:,} images of {size} px to "
-              f"train on, {len(data.test_images):,} to test on, {len(data.classes)} classes")
-    run.print(f"{args.arch} ({sizes[0] / 1e6:.1f} M parameters), head ({sizes[1] / 1e6:.1f} M), "
-              f"{args.optimizer} at {header['learning_rate']:.4g}, batches of {args.batch_size}")
-    run.print(f"{header['gpu'] or device} x {world}, {precision}, in {run.folder}")
-    if not checkpoint:
-        run.log(header)
-        metrics = evaluate(model, data, device, linear=True)
-        state["untrained"] = {f"{k}_untrained": metrics[k] for k in ("knn", "linear", "rank")}
-        run.log({"epoch": 0, "step": 0, **state["untrained"]})
-        run.print(summary("untrained", metrics))
-        save_checkpoint(model, optimizer, scaler, run, state)
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    signum = train(model, optimizer, scaler, data, args, dtype, run, state)
-    if signum:
-        run.print(f"stopped after step {state['step']}, saved; go on with: "
-                  f"python {METHOD}.py --resume {run.folder}")
+    live = {"backbone": model.backbone, "head": model.head, "probe": model.probe,
+            "optimizer": optimizer, "scaler": scaler}
+    state = {"data": [n, size, classes], "step": 0, "seconds": 0.0, "sums": torch.zeros(0),
+             "untrained": {}, "log_bytes": 0}
+    if args.resume is not None:
+        try:
+            checkpoint = load_checkpoint(args.resume)
+            checkpoint["data"] == state["data"] or fail(f"{args.data} is not the run's data")
+            for name in [name for name in live if checkpoint[name]]:  # no scaler without fp16
+                live[name].load_state_dict(checkpoint[name])
+            state = {name: checkpoint[name] for name in state}
+        except Exception as error:  # whatever an edited file can bring about
+            fail(f"--resume {args.resume}: last.pt does not fit: {error}")
+    folder, log = (None, None) if RANK else open_run(args, state["log_bytes"])
+    def report(record, logged=True):
+        RANK or not logged or log.write(json.dumps(record) + "\n")
+        print(*(f"{k} {v:.4g} " if isinstance(v, float) else f"{k} {v} " for k, v in record.items()
+                if not isinstance(v, (dict, list))), flush=True)
+    def save_all():
+        kept = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "steps")}
+        own = {"method": METHOD, "args": kept, "log_bytes": RANK or os.path.getsize(log.name)}
+        parts = {name: thing.state_dict() for name, thing in live.items()}
+        RANK or save({**state, **own, **parts}, folder / "last.pt")
+    if args.resume is None:
+        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --abbrev=40"
+        report({"method": METHOD, "args": vars(args), "argv": sys.argv, "images": n, "pixels": size,
+                "test_images": len(data[4]), "classes": len(classes), "parameters": [
+                    sum(p.numel() for p in part.parameters()) for part in model.children()],
+                "learning_rate": optimizer.param_groups[0]["peak_lr"], "precision": str(dtype),
+                "device": torch.cuda.get_device_name() if cuda else str(device), "processes": WORLD,
+                "threads": torch.get_num_threads(), "torch": torch.__version__, "out": str(folder),
+                "commit": subprocess.getoutput(f"{git} 2>/dev/null")})
+        state["untrained"] = {f"{k}_untrained": v for k, v in evaluate(model, data, args).items()}
+        report({"epoch": 0, "step": 0, **state["untrained"]})
+        save_all()
+    if signum := train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
+        print(f"stopped after step {state['step']}, saved; python {METHOD}.py --resume {folder}")
         raise SystemExit(128 + signum)
-    if rank == 0:
-        weights = {name: value.cpu() for name, value in model.backbone.state_dict().items()}
-        save(weights, run.folder / "backbone.pt")
-    metrics = evaluate(model, data, device, linear=True)
-    metrics |= {**state["untrained"], "step": state["step"], "seconds": round(state["seconds"], 1)}
-    if device.type == "cuda":
-        metrics["peak_mib"] = torch.cuda.max_memory_allocated(device) >> 20
-    run.log({"final": True, **metrics})
-    run.print(summary("trained", metrics) + f"  online {metrics['online']:.1f}")
-    return metrics
-
+    if RANK == 0:
+        save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, folder / "backbone.pt")
+    final = evaluate(model, data, args, folder=folder) | state["untrained"]
+    final |= {"step": state["step"], "seconds": state["seconds"], "peak_mib":
+              torch.cuda.max_memory_allocated(device) >> 20 if cuda else None}
+    report({"final": True, **final})
+    return final
 
 if __name__ == "__main__":
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except OSError as error:  # a full disk, say
-        fail(error)
-    except KeyboardInterrupt:
-        print("\nstopped; a run folder that holds last.pt goes on with --resume", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:  # an unreadable image, a full disk; of a worker's traceback the end
+        fail(str(error).strip().splitlines()[-1].removeprefix("OSError: "))

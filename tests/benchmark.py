@@ -4,14 +4,10 @@
 (b) the augmentation, and training with it, against torchvision's, image by image on all cores
 (c) VICReg's loss against the official D x D form, in time and peak memory
 (d) a streamed folder against a bare DataLoader that decodes and crops the same images
-(e) analyze.py's measures of 50,000 embeddings of 8192 dimensions, time and peak memory: a quarter
-    of an hour on two cores, so only where --parts names it
-(f) the losses of the first steps in each precision
-(g) the operations that take most of a step
+(e) analyze.py's measures of 50,000 embeddings of 8192 dimensions: a quarter of an hour on two
+    cores, so only where --parts names it
 
-Tables are Markdown.
-
-python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512 1024] [--parts abcdfg]
+python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512 1024] [--parts abcd]
 """
 
 import argparse
@@ -41,9 +37,8 @@ def synchronize(device):
 
 
 def time_in_turn(device, functions, rounds):
-    """Seconds of each function, [median, least, most], taken in turn after one warm-up each."""
-    for function in functions:
-        function()
+    """Median seconds of each function, taken in turn after two warm-ups each."""
+    for function in functions * 2:
         function()
     seconds = [[] for _ in functions]
     for _ in range(rounds):
@@ -53,7 +48,7 @@ def time_in_turn(device, functions, rounds):
             function()
             synchronize(device)
             mine.append(time.perf_counter() - start)
-    return [(statistics.median(s), min(s), max(s)) for s in seconds]
+    return [statistics.median(s) for s in seconds]
 
 
 def peak_memory(device, function):
@@ -110,38 +105,42 @@ class Steps:
         self.optimizer = script.build_optimizer(self.model, run)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.view = script.augment
-        if device.type == "cuda":
+        if args.compile:
             self.model.compile()
             self.view = torch.compile(script.augment)
-        data = script.draw_shapes(batch_size, 1)
-        self.images, self.labels = (part.to(device) for part in data)
+        self.images, self.labels = (part.to(device) for part in script.draw_shapes(batch_size, 1))
         x = self.images.float().div(255).contiguous(memory_format=torch.channels_last)
-        self.views = [x, x]
+        self.views = [x.to(self.dtype), x.flip(3).to(self.dtype)]  # two: one would be passed once
 
-    def step(self):
-        return self.script.train_step(self.model, self.optimizer, self.scaler, self.view,
-                                      self.images, self.labels, self.run, self.dtype)
+    def draws(self):
+        draws = torch.rand(2, self.script.DRAWS, len(self.images), 1, 1, 1)
+        if self.images.is_cuda:
+            draws = draws.pin_memory()
+        return draws.to(self.images.device, non_blocking=True)
+
+    def step(self, view=None):
+        return self.script.train_step(
+            self.model, self.optimizer, self.scaler, view or self.view, self.images, self.labels,
+            self.draws(), self.run, self.dtype)
 
     def bare(self):
         self.model.zero_grad(set_to_none=True)
         device = self.images.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             z1, z2, _ = self.model(*self.views)
         (z1.float().sum() + z2.float().sum()).backward()
 
     def augment(self):
-        draws = torch.rand(2, len(self.images), self.script.DRAWS, device=self.images.device)
-        return [self.view(self.images, draws[i], i, self.run) for i in (0, 1)]
+        draws = self.draws()
+        return [self.view(self.images, draws[i], i, self.run, self.dtype) for i in (0, 1)]
 
     def given(self, views):
         """The full step on two views that are made already, float (N, 3, S, S) on the device."""
-        return self.script.train_step(
-            self.model, self.optimizer, self.scaler, lambda x, draws, i, *rest: views[i],
-            self.images, self.labels, self.run, self.dtype)
+        return self.step(lambda x, draws, i, *rest: views[i])
 
 
 def part_a(device, args):
-    print("\n(a) First step: with compilation on a GPU. Epoch: of 50,000 images, steps alone.")
+    print("\n(a) First step: with compilation, if any. Epoch: of 50,000 images, steps alone.")
     table("script", "batch", "ms a step", "ms bare passes", "step / bare", "augmentation / step",
           "s an epoch", "MiB a step allocates", "s first step")
     wide = ["--dim", str(args.dim)]
@@ -153,8 +152,8 @@ def part_a(device, args):
             steps.step()
             synchronize(device)
             first = time.perf_counter() - start
-            full, bare, augment = (seconds for seconds, _, _ in time_in_turn(
-                device, [steps.step, steps.bare, steps.augment], args.rounds))
+            full, bare, augment = time_in_turn(
+                device, [steps.step, steps.bare, steps.augment], args.rounds)
             row(f"`{' '.join([name + '.py', *flags])}`", batch, f"{1000 * full:.1f}",
                 f"{1000 * bare:.1f}", f"{full / bare:.2f}", f"{augment / full:.2f}",
                 f"{50_000 / batch * full:.1f}", mebibytes(peak_memory(device, steps.step)),
@@ -185,15 +184,8 @@ def part_b(device, args):
           f"{cores} workers;\nthe training is simclr.py's, fed by either.")
     table("px", "", "images/s, ours", "images/s, torchvision", "ratio")
     for size in (32, 96):
-        run = simclr.parse_args(["--data", "shapes"])
-        images = simclr.draw_shapes(batch, 1, size)[0].to(device)
-        torch._dynamo.reset()
-        view = torch.compile(simclr.augment) if device.type == "cuda" else simclr.augment
-
-        def ours():
-            draws = torch.rand(2, batch, simclr.DRAWS, device=device)
-            for i in (0, 1):
-                view(images, draws[i], i, run)
+        steps = Steps("simclr", [], batch, device, args)
+        images = steps.images = simclr.draw_shapes(batch, 1, size)[0].to(device)
 
         def theirs(part, count, work):
             """Images/s of count batches of part, after those that were made ahead."""
@@ -209,12 +201,11 @@ def part_b(device, args):
             synchronize(device)
             return part * count / (time.perf_counter() - start)
 
-        mine = batch / time_in_turn(device, [ours], args.rounds)[0][0]
+        mine = batch / time_in_turn(device, [steps.augment], args.rounds)[0]
         other = theirs(32, 20 * cores, lambda views: None)
         row(size, "augmentation", f"{mine:,.0f}", f"{other:,.0f}", f"{mine / other:.1f}")
         if size == 32:
-            steps = Steps("simclr", [], batch, device, args)
-            mine = batch / time_in_turn(device, [steps.step], args.rounds)[0][0]
+            mine = batch / time_in_turn(device, [steps.step], args.rounds)[0]
             other = theirs(batch, 2 * args.rounds, steps.given)
             row(size, "training", f"{mine:,.0f}", f"{other:,.0f}", f"{mine / other:.1f}")
 
@@ -249,7 +240,7 @@ def part_c(device, args):
                 torch.autograd.grad(official_loss(z1, z2), (z1, z2))
 
             rounds = args.rounds if device.type == "cuda" else 3
-            (mine, _, _), (other, _, _) = time_in_turn(device, [ours, theirs], rounds)
+            mine, other = time_in_turn(device, [ours, theirs], rounds)
             memory = [peak_memory(device, f) for f in (ours, theirs)]
             row(n, dim, f"{1000 * mine:.1f}", f"{1000 * other:.1f}", f"{other / mine:.1f}",
                 *map(mebibytes, memory))
@@ -285,11 +276,11 @@ def part_d(device, args):
             v2.functional.to_pil_image((255 * x).byte()).save(paths[-1], quality=90)
         paths = (paths * n)[:n]
         run = simclr.parse_args(["--data", "shapes", "--batch-size", str(batch)])
-        streamed = simclr.Folder(paths, 224, 1.0, run)
+        streamed = simclr.Folder([os.fsencode(path) for path in paths], 224, run)
 
         def ours():
-            return (x for x, _ in simclr.fetch(
-                streamed, simclr.schedule(streamed, run, 0, n // batch), device))
+            return simclr.fetch(streamed, simclr.plan(
+                n, run, range(n // batch), torch.device("cpu")), device)
 
         def bare():
             return iter(torch.utils.data.DataLoader(
@@ -302,15 +293,11 @@ def part_d(device, args):
                 batches = make()
                 for _ in range(4 * cores + 1):  # the workers' start does not count
                     next(batches)
-                start, count = time.perf_counter(), 0
-                for x in batches:
-                    count += len(x)
+                start, count = time.perf_counter(), sum(len(x) for x in batches)
                 mine.append(count / (time.perf_counter() - start))
-        mine, theirs = map(statistics.median, speeds)
         table("", "images/s", "rounds")
         for name, rounds in zip(("ours", "bare DataLoader"), speeds):
             row(name, f"{statistics.median(rounds):,.0f}", ", ".join(f"{r:,.0f}" for r in rounds))
-        row("ratio", f"{mine / theirs:.2f}", "")
 
 
 def part_e(device, args):
@@ -329,51 +316,7 @@ def part_e(device, args):
             f"{result['residual']:.0e}" if isinstance(result, dict) else "")
 
 
-def part_f(device, args):
-    steps = 50
-    print(f"\n(f) The first {steps} losses in each precision, of the same images and draws:\n"
-          "largest difference from float32's over the loss.")
-    table("script", "bf16", "fp16")
-    for name in ("simclr", "vicreg", "directclr", "interpolate"):
-        losses = {}
-        for precision in ("fp32", "bf16", *(["fp16"] if device.type == "cuda" else [])):
-            mine = argparse.Namespace(**{**vars(args), "precision": precision})
-            training = Steps(name, ["--lr", "0.03"], args.batch_size[0], device, mine)
-            found = []
-            for step in range(steps):
-                torch.manual_seed(step)
-                found.append(training.step()["loss"])
-            losses[precision] = torch.stack(found)
-        row(f"`{name}.py`", *(f"{((losses[p] - losses['fp32']) / losses['fp32']).abs().max():.1e}"
-                              if p in losses else "" for p in ("bf16", "fp16")))
-
-
-def part_g(device, args):
-    batch, rounds = args.batch_size[0], 5
-    print(f"\n(g) The largest costs of simclr.py's step, batches of {batch}, by torch.profiler.")
-    steps = Steps("simclr", [], batch, device, args)
-    for _ in range(3):
-        steps.step()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(rounds):
-            steps.step()
-        synchronize(device)
-    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if device.type != "cuda" or (
-        event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)]
-    events.sort(key=lambda event: getattr(event, kind), reverse=True)
-    total = sum(getattr(event, kind) for event in events)
-    table("kernel", "ms a step", "share", "calls a step")
-    for event in events[:10]:
-        spent = getattr(event, kind)
-        row(f"`{event.key[:60]}`", f"{spent / 1000 / rounds:.2f}", f"{spent / total:.3f}",
-            f"{event.count / rounds:g}")
-
-
-PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e, "f": part_f, "g": part_g}
+PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e}
 
 
 def main():
@@ -384,9 +327,10 @@ def main():
     parser.add_argument("--batch-size", type=int, nargs="+",
                         help="default: 512 1024 on a GPU, 256 on a CPU; parts but (a): the first")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile network and views")
     parser.add_argument("--rounds", type=int, help="timed rounds; default: 50 on a GPU, 5 on a CPU")
     parser.add_argument("--dim", type=int, default=2048, help="D of VICReg and the expander in (a)")
-    parser.add_argument("--parts", default="abcdfg", help="which of a to g to run")
+    parser.add_argument("--parts", default="abcd", help="which of a to e to run")
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"

@@ -1,11 +1,11 @@
-"""The README's tables of results: the runs that make them, and what their logs say.
+"""The tables of results: the runs that make them, and what their logs say.
 
 python tests/tables.py list                      each table's runs, and which have no log yet
 python tests/tables.py run TABLE [TABLE ...]     train what has no log; goes on after a stop
-python tests/tables.py write                     bring the README's tables up to their logs
+python tests/tables.py write                     bring the tables up to their logs
 
-A run's folder is runs/tables/NAME; its log, once finished, tests/results/NAME.jsonl. In the README
-a table follows a line <!-- table: TABLE -->.
+A run's folder is runs/tables/NAME; its log, once finished, tests/results/NAME.jsonl. A table follows
+a line <!-- table: TABLE --> in README.md or tests/results/README.md.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from pathlib import Path
 from family import ROOT
 
 sys.path.insert(0, str(ROOT))
-import directclr  # noqa: E402
 import interpolate  # noqa: E402
 
-RESULTS, RUNS, README = ROOT / "tests" / "results", ROOT / "runs" / "tables", ROOT / "README.md"
+RESULTS, RUNS = ROOT / "tests" / "results", ROOT / "runs" / "tables"
+PAGES = ROOT / "README.md", RESULTS / "README.md"
 
 # label: the row's first cell; published: top-1 on ImageNet, ResNet-50, 100 epochs; seeds: how many
 Row = collections.namedtuple("Row", "label command name published seeds", defaults=("", 1))
@@ -35,14 +35,13 @@ PUBLISHED = {  # Garrido et al. 2023, Tables 1 and 4; Jing et al. 2022, Tables 1
     "vicreg": "68.1", "vicreg-exp": "68.0", "vicreg-ctr": "67.9", "simclr": "68.6",
     "simclr-abs": "68.7", "slice": "62.7", "none": "51.5", "linear": "61.1", "mlp": "66.5",
     "diagonal": "60.2", "orthogonal": "52.2", "lowrank": "62.3", "random": "43.0"}
-JPEG = "--data data/cifar10_jpeg --arch convnet"
-SHORT = f"{JPEG} --epochs 2 --batch-size 128 --eval-every 2 --precision bf16"
+HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
 
-def variants(script, flags, name):
-    """A row for every method of interpolate.py or head of directclr.py."""
-    return [Row(f"`{value}`", f"{script.METHOD}.py {flags} --{script.VARIANT} {value}",
-                f"{name}/{value}", PUBLISHED.get(value, "")) for value in script.VARIANTS]
+def rows(script, flag, values, flags, name):
+    """A row for each value of a flag."""
+    return [Row(f"`{value}`", f"{script} {flags} {flag} {value}", f"{name}/{value}",
+                PUBLISHED.get(value, "")) for value in values]
 
 
 def on_a_gpu(data, name):
@@ -54,8 +53,10 @@ def on_a_gpu(data, name):
     return {
         name: [row(f"{script} --epochs {epochs}", f"{name}/{script.split('.')[0]}-{epochs}", 3)
                for epochs in (100, 200) for script in ("simclr.py", "vicreg.py --dim 8192")],
-        f"{name}-path": variants(interpolate, f"--data {data} --epochs 50", f"{name}-path"),
-        f"{name}-heads": variants(directclr, f"--data {data} --epochs 50", f"{name}-heads"),
+        f"{name}-path": rows("interpolate.py", "--method", interpolate.PATH,
+                             f"--data {data} --epochs 50", f"{name}-path"),
+        f"{name}-heads": rows("directclr.py", "--head", HEADS, f"--data {data} --epochs 50",
+                              f"{name}-heads"),
         f"{name}-dims": [
             row(f"{script} --epochs 50 --dim {dim}{hidden}",
                 f"{name}-dims/{script.split('.')[0]}-{dim}{hidden.replace(' --hidden ', '-')}")
@@ -65,15 +66,10 @@ def on_a_gpu(data, name):
 
 TABLES = {
     "shapes": [Row(f"`python {name}.py --data shapes`", f"{name}.py --data shapes",
-                   f"{name}-shapes") for name in ("vicreg", "simclr", "directclr")],
-    "path-shapes": variants(
-        interpolate, "--data shapes --epochs 5", "interpolate-all-shapes"),
-    "heads-shapes": variants(directclr, "--data shapes --epochs 5", "directclr-all-shapes"),
-    "path-cifar10_jpeg": variants(interpolate, SHORT, "interpolate-all-cifar10_jpeg"),
-    "heads-cifar10_jpeg": variants(directclr, SHORT, "directclr-all-cifar10_jpeg"),
-    "d0-cifar10_jpeg": [
-        Row(f"`--dim {dim}`", f"directclr.py {SHORT} --holdout 5000 --dim {dim}",
-            f"directclr-d0-cifar10_jpeg/{dim}") for dim in (16, 32, 64, 128, 192, 256)],
+                   f"shapes/{name}", "", 3) for name in ("vicreg", "simclr", "directclr")],
+    "path-shapes": rows("interpolate.py", "--method", interpolate.PATH, "--data shapes",
+                        "path-shapes"),
+    "heads-shapes": rows("directclr.py", "--head", HEADS, "--data shapes", "heads-shapes"),
     **on_a_gpu("cifar10", "gpu-cifar10"),
     **on_a_gpu("data/cifar10_jpeg", "gpu-cifar10_jpeg"),
 }
@@ -93,41 +89,38 @@ def read(name):
 
 
 def cell(values, digits):
-    """A mean, with the standard deviation over seeds where there are several."""
+    """A mean, with the range over seeds where there are several."""
     text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1
+                   else "")
 
 
-def table(name):
-    """A table in Markdown, of the rows of which a log is there; empty where none has one."""
+def table(name, folder):
+    """A table in Markdown, of the rows of which a log is there, with links from a folder."""
     found = [(row, [name for name, _ in runs(row) if read(name)]) for row in TABLES[name]]
     found = [(row, logs, [read(name)[-1] for name in logs]) for row, logs in found if logs]
     if not found:
-        return ""
+        return "Not trained yet."
     columns = {"kNN": ("knn", 1), "linear": ("linear", 1), "online": ("online", 1),
                "effective rank": ("rank", 1), "s": ("seconds", 0)}
-    if all("peak_mib" in final for _, _, finals in found for final in finals):
-        columns["peak MiB"] = "peak_mib", 0
     published = ["published"] * any(row.published for row in TABLES[name])
     lines = [["", *columns, *published, "log"], ["---"] * (len(columns) + len(published) + 2)]
-    before = [found[0][2][0].get(f"{key}_untrained") for key, _ in columns.values()]
-    lines.append(["untrained", *("" if value is None else f"{value:.1f}" for value in before),
-                  *[""] * (len(published) + 1)])
+    first = [finals[0] for _, _, finals in found]
+    lines.append(["untrained", *(f"{first[0][key]:.1f}" if key in first[0] else "" for key in (
+        "knn_untrained", "linear_untrained", "", "rank_untrained", "")), *[""] * len(published), ""])
     for row, logs, finals in found:
+        links = [os.path.relpath(RESULTS / f"{name}.jsonl", folder) for name in logs]
         lines.append([
             row.label, *(cell([f[key] for f in finals], n) for key, n in columns.values()),
-            *[row.published] * len(published),
-            " ".join(f"[log](tests/results/{name}.jsonl)" for name in logs)])
+            *[row.published] * len(published), " ".join(f"[log]({link})" for link in links)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(readme):
-    """The README's text with each table after its marker brought up to its logs."""
-    def renew(found):
-        text = table(found[2])
-        return f"{found[1]}\n\n" + (f"{text}\n\n" if text else "")
-
-    return re.sub(r"(<!-- table: (\S+) -->)\n\n(?:(?:\|.*\n)+\n?)?", renew, readme)
+def write(text, folder):
+    """A page's text with each table after its marker brought up to its logs."""
+    return re.sub(
+        r"(<!-- table: (\S+) -->\n\n)(?:(?:\||Not trained).*\n)*",
+        lambda found: f"{found[1]}{table(found[2], folder)}\n", text)
 
 
 def train(names, jobs, minutes):
@@ -182,13 +175,14 @@ def main(argv=None):
                      help="save and stop then; the same command goes on")
     args = parser.parse_args(argv)
     if args.command == "write":
-        README.write_text(write(README.read_text()))
+        for page in PAGES:
+            page.write_text(write(page.read_text(), page.parent))
     elif args.command == "run":
         sys.exit(bool(train(args.tables, args.jobs, args.minutes)))
     else:
-        for name, rows in TABLES.items():
+        for name in TABLES:
             print(name)
-            for run, command in (run for row in rows for run in runs(row)):
+            for run, command in (run for row in TABLES[name] for run in runs(row)):
                 print(f"  {'log' if read(run) else '   '}  python {command}")
 
 
