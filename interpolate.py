@@ -374,11 +374,11 @@ def draw_shapes(n, seed, size=32):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
     p, a = torch.tensor([[0.5, 1, 2, 8, 2], [1, 1, 1, 0.3, 0.4]])[:, labels % 5, None, None]
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) * 2 / size - 1] * 2, indexing="ij")
-    images, scale = uniform(0.1, 0.3, 1).expand(n, 3, size, size), uniform(0.2, 0.33)
+    images = uniform(0.1, 0.3, 1).expand(n, 3, size, size)
     for cell in range(9):
         left = x - (cell % 3 - 1) * 2 / 3 - uniform(-0.12, 0.12)
         down = y - (cell // 3 - 1) * 2 / 3 - uniform(-0.12, 0.12)
-        angle = uniform(0, 2 * math.pi)
+        angle, scale = uniform(0, 2 * math.pi), uniform(0.2, 0.34)
         u = (torch.cos(angle) * left + torch.sin(angle) * down).abs() / scale
         v = (torch.cos(angle) * down - torch.sin(angle) * left).abs() / (scale * a)
         level = (u**p + v**p) ** (1 / p)
@@ -563,11 +563,10 @@ class LARS(torch.optim.SGD):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"] if group["eta"] else ():
-                if p.ndim > 1:
-                    p.grad.add_(p, alpha=group["decay"])
-                    ratio = group["eta"] * p.norm() / p.grad.norm()
-                    p.grad.mul_(ratio.where(ratio.isfinite() & (ratio > 0), 1.0))
+            for p in [p for p in group["params"] if p.ndim > 1 and group["eta"]]:
+                p.grad.add_(p, alpha=group["decay"])
+                ratio = group["eta"] * p.norm() / p.grad.norm()
+                p.grad.mul_(ratio.where(ratio.isfinite() & (ratio > 0), 1.0))
         super().step()
 
 def build_optimizer(model, args):
@@ -619,8 +618,10 @@ def choose_device(args):
 
 def gather(x):
     """x (n, ...) of all processes, (N, ...); its gradient reaches this process's own part alone."""
+    if WORLD == 1:
+        return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
-    WORLD == 1 or dist.all_gather(parts, x.detach().contiguous())
+    dist.all_gather(parts, x.detach().contiguous())
     parts[RANK] = x
     return torch.cat(parts)
 
@@ -682,7 +683,7 @@ def parse_args(argv=None):
     add("--gray", type=float, default=0.1, help="probability of grayscale")
     add("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
     add("--solarize", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
-    add("--epochs", type=int, default=100, help="passes over the training images; of shapes 5")
+    add("--epochs", type=int, default=100, help="passes over the training images; of shapes 7")
     add("--steps", type=int, default=0, help="stop after so many in all, as in a dry run; 0: never")
     add("--batch-size", type=int, default=512, help="images, of all processes; of shapes 128")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
@@ -698,17 +699,17 @@ def parse_args(argv=None):
     add("--deterministic", action="store_true", help="repeat a run bit for bit on a GPU too")
     args, saved = parser.parse_args(argv), {}
     if args.data == "shapes":
-        parser.set_defaults(arch="convnet", epochs=5, batch_size=128)
+        parser.set_defaults(arch="convnet", epochs=7, batch_size=128)
     if args.resume is not None:
         saved = load_checkpoint(args.resume)["args"]
         parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    typed = [f"--{k} {getattr(args, k)} (the run's: {v})" for k, v in saved.items()
+    typed = [f"--{k.replace('_', '-')} {getattr(args, k)} (not {v})" for k, v in saved.items()
              if k not in FREE and getattr(args, k) != v]
     shares = (args.gray, *args.blur, *args.solarize, *args.jitter, 2 * args.jitter[3], args.warmup)
     for rule, holds in {
             f"--resume takes the run's own flags; remove {', '.join(typed)}": not typed,
-            **{f"--{name} {value}: a number {'above' if name in POSITIVE else 'of at least'} 0":
+            **{f"{name} {value}: a number {'above' if name in POSITIVE else 'of at least'} 0":
                0 <= value < math.inf and (value > 0 or name not in POSITIVE)
                for name, value in vars(args).items() if isinstance(value, (int, float))},
             "--image-size >= 8": args.image_size not in range(1, 8),
@@ -827,8 +828,7 @@ def main(argv=None):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda and WORLD > 1 else model
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    live = {"backbone": model.backbone, "head": model.head, "probe": model.probe,
-            "optimizer": optimizer, "scaler": scaler}
+    live = {**dict(model.named_children()), "optimizer": optimizer, "scaler": scaler}
     state = {"data": [n, size, classes], "step": 0, "seconds": 0.0, "sums": torch.zeros(0),
              "untrained": {}, "log_bytes": 0}
     if args.resume is not None:
@@ -853,8 +853,8 @@ def main(argv=None):
     if args.resume is None:
         git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --abbrev=40"
         report({"method": METHOD, "args": vars(args), "argv": sys.argv, "images": n, "pixels": size,
-                "test_images": len(data[4]), "classes": len(classes), "parameters": [
-                    sum(p.numel() for p in part.parameters()) for part in model.children()],
+                "test_images": len(data[4]), "parameters": {
+                    k: sum(p.numel() for p in v.parameters()) for k, v in model.named_children()},
                 "learning_rate": optimizer.param_groups[0]["peak_lr"], "precision": str(dtype),
                 "device": torch.cuda.get_device_name() if cuda else str(device), "processes": WORLD,
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "out": str(folder),

@@ -1,24 +1,25 @@
-"""Imports the scripts from the project's root, and draws a small folder of images for them."""
+"""One thread, as in the processes that tests start; a small folder of images; an empty one."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from torchvision.transforms.v2.functional import to_pil_image
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = PATHS = [str(ROOT), str(ROOT / "tests")]
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": ":".join(PATHS)}
 
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torchvision.transforms.v2.functional import to_pil_image  # noqa: E402
 
-def write_folder(root, images, labels, names):
+torch.set_num_threads(1)
+
+def write_folder(root, images, labels, names="abcdefghij"):
     """Write images uint8 (n, 3, S, S) as root/CLASS/0000.png, where the labels say."""
     for i, (image, label) in enumerate(zip(images, labels.tolist())):
         folder = root / names[label]
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(image).save(folder / f"{i:04d}.png")
-
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
@@ -27,11 +28,9 @@ def image_folder(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("images")
     for split, n, seed in (("train", 80, 3), ("test", 40, 4)):
-        images, labels = simclr.draw_shapes(n, seed, size=16)
-        write_folder(root / split, images, labels, list(simclr.SHAPES))
+        write_folder(root / split, *simclr.draw_shapes(n, seed, size=16))
     return root
 
-
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)

@@ -4,7 +4,6 @@ python tests/family.py --fix simclr.py    copy simclr.py's [shared] sections int
 """
 
 import argparse
-import ast
 import difflib
 import re
 from pathlib import Path
@@ -15,7 +14,6 @@ SCRIPTS = (*TRAINING, "analyze.py")
 LINES = {"simclr.py": 700, "vicreg.py": 700, "directclr.py": 700, "interpolate.py": 900,
          "analyze.py": 650, "README.md": 220, "tests/*.py": 3200}  # at most
 BANNER = re.compile(r"# ==== (\d+)\. (.+) \[(shared|method|own)\] =+\n")
-
 
 def sections(text):
     """Split a script into [(number, title, tag, text)]; the texts joined give the script again.
@@ -36,7 +34,6 @@ def sections(text):
         parts[-1] = (*parts[-1][:3], parts[-1][3] + line)
     return parts
 
-
 def drift(texts):
     """Differences between the [shared] sections of scripts {name: text}, as unified diffs.
 
@@ -55,26 +52,16 @@ def drift(texts):
                     theirs[3].splitlines(True), mine[3].splitlines(True), first, name)))
     return found
 
-
-def definitions(text):
-    """The functions and classes at a script's top level, {name: source}."""
-    lines = text.splitlines()
-    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])
-            for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-
-
 def changed_lines(a, b):
     """Number of lines that a unified diff of two texts adds or takes away."""
     lines = difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="")
     return sum(line[0] in "+-" for line in lines if not line.startswith(("+++", "---")))
-
 
 def fix(source, target):
     """Return target with every [shared] section replaced by source's of the same number."""
     shared = {part[0]: part for part in sections(source) if part[2] == "shared"}
     return "".join((shared[part[0]] if part[2] == "shared" else part)[3]
                    for part in sections(target))
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -1,9 +1,7 @@
-"""Print what becomes of runs that are killed, and of memory as folders grow.
+"""Print what becomes of a run of simclr.py that is killed, with -9, at random moments until it has
+died --kills times: its final weights and log against those of an uninterrupted run.
 
-python tests/faults.py [kills] [memory]      without a name both, about 15 minutes
-
-kills: kill -9 at random moments until a run has died --kills times; its final weights against those
-of an uninterrupted run. memory: peak of streamed runs on folders of 2,000 and 50,000 images.
+python tests/faults.py [--kills 50]      about ten minutes
 """
 
 import argparse
@@ -14,21 +12,17 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from torchvision.transforms.v2.functional import to_pil_image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import simclr  # noqa: E402
 
 
-def start(*flags, extra=None):
+def start(*flags):
     """simclr.py with a checkpoint every half second."""
     code = "import simclr; simclr.SAVE_EVERY = 0.5; simclr.main()"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(extra or {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, flags)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
@@ -78,59 +72,14 @@ def kills(folder, args):
           f"the log equal: {all(a == b for a, b in same)}", flush=True)
 
 
-def proportional(pid):
-    """Memory of a process and its children in bytes, shared pages counted once (PSS)."""
-    total = 0
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    for member in [pid, *map(int, children.stdout.split())]:
-        with contextlib.suppress(OSError):  # it has ended
-            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
-            total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
-
-
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc keeps freed blocks to itself otherwise
-
-
-def memory(folder, args):
-    images, _ = simclr.draw_shapes(100, 1, size=64)
-    (folder / "one").mkdir()
-    for i, image in enumerate(images):
-        to_pil_image(image).save(folder / "one" / f"{i}.jpg")
-    for n in (2000, 50000):
-        root = folder / f"{n}"
-        for split, count in (("train", n), ("val", 100)):
-            (root / split / "a").mkdir(parents=True)
-            for i in range(count):  # hard links: many paths, little disk
-                os.link(folder / "one" / f"{i % 100}.jpg", root / split / "a" / f"image-{i}.jpg")
-        process = start("--data", root, "--arch", "convnet", "--dim", "32", "--batch-size", "64",
-                        "--steps", "30", "--epochs", "1", "--workers", "2", "--out",
-                        folder / f"run-{n}", extra=GIVE_BACK)
-        peaks, phase = {"evaluation": 0, "training": 0}, "evaluation"
-        while process.poll() is None and step(folder / f"run-{n}") != 30:
-            if step(folder / f"run-{n}") == 0:
-                phase = "training"
-            peaks[phase] = max(peaks[phase], proportional(process.pid))
-            time.sleep(0.05)
-        process.communicate()
-        print(f"memory: {n:,} images streamed, with {GIVE_BACK}, peak of process and workers "
-              f"{peaks['training'] / 2**20:.0f} MiB in training, "
-              f"{peaks['evaluation'] / 2**20:.0f} MiB in evaluation, which holds "
-              f"{n * 256 * 4 / 2**20:.0f} MiB of representations", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"kills": kills, "memory": memory}
-    parser.add_argument("parts", nargs="*", choices=[[], *parts], default=[])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=12.0, help="that a run lives at most")
     parser.add_argument("--epochs", type=int, default=10, help="of the run that is killed")
-    args = parser.parse_args()
-    for name in args.parts or parts:
-        with tempfile.TemporaryDirectory() as folder:
-            parts[name](Path(folder), args)
+    with tempfile.TemporaryDirectory() as folder:
+        kills(Path(folder), parser.parse_args())
 
 
 if __name__ == "__main__":

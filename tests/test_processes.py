@@ -1,322 +1,277 @@
-"""Several processes: the gradient of one, files from the first alone, signals, deaths, resuming."""
+"""Processes: the gradient of one, files from the first alone, signals, deaths, a full disk."""
 
-import contextlib
+import functools
 import importlib
-import json
+import multiprocessing
 import os
-import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT
-from family import TRAINING
-from test_runs import TINY, equal_weights, load, records, refused, wait_for
+from test_runs import (
+    CPU, METHODS, SCRIPTS, TINY, equal_weights, finished, in_an_empty_folder, load, records,
+    refused, train, wait_for, without_times)
+from torch import nn
 
 import simclr
 
-METHODS = [name.removesuffix(".py") for name in TRAINING]
-LOSSES = {  # flags that give each loss, with heads that have no BatchNorm
-    "simclr": [["--head", head, "--temperature", "0.2"] for head in ("mlp", "linear", "none")],
-    "vicreg": [["--head", head] for head in ("mlp", "linear", "none")],
-    "directclr": [["--head", head] for head in ("slice", "none", "linear", "diagonal", "orthogonal",
-                                                "lowrank", "random", "group")],
-    "interpolate": [["--head", "mlp", "--method", name] for name in importlib.import_module(
-        "interpolate").VARIANTS] + [
-        ["--head", "linear", "--method", "simclr", "--normalize", "A"],
-        ["--head", "linear", "--method", "dcl", "--normalize", "B"],
-        ["--head", "linear", "--method", "vicreg", "--blend", "simclr", "--alpha", "0.3"]],
-}
+__all__ = ["finished", "in_an_empty_folder"]
 
-# What each process does: one step of every loss, on its half of the batch, its gradients and losses
-# into a file. With one process the whole batch is its half.
-WORK = """
-import importlib, json, os, sys
-import torch
-from torch import nn
-def view(images, draws, i, args, cropped):  # in float64; each image by its own draws
-    return images.double() / 255 + draws[:, i, None, None, None].double()
-losses, folder = json.load(open(sys.argv[1])), sys.argv[2]
-found, stepped = {}, {}
-for method, cases in losses.items():
+# Forked off a process that has imported the scripts, and has neither threads nor a GPU.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["test_processes"])
+
+def child(method, flags, output, prepare, rank, world, port):
+    """What a process does: main(), as torchrun would start it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                   "WORLD_SIZE": str(world)}
     script = importlib.import_module(method)
-    script.build_backbone = lambda arch, size: (
-        nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.Tanh(), nn.Linear(24, 16)), 16)
-    nn.BatchNorm1d = lambda features, affine: nn.Identity()  # the probe's
-    for flags in cases:
-        args = script.parse_args(["--dim", "8", "--hidden", "12", "--batch-size", "12", *flags]
-            if method != "directclr" else ["--dim", "8", "--batch-size", "12", *flags])
-        rank, world = script.join_processes(args)
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)
+    script.RANK, script.WORLD, script.LOCAL_RANK = rank, world, rank
+    if prepare:
+        prepare(script)
+    script.main(flags)
+
+def start(script, *flags, output="printed", prepare=None, world=1):
+    """Processes that run main(), after prepare(script), and print into a file."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags, output = [os.path.abspath(f) if f == "run" else str(f) for f in flags], os.path.abspath(output)
+    processes = [FORK.Process(target=child, args=(
+        script.METHOD, flags, output, prepare, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+def finish(processes):
+    """Wait for their end; their exit codes."""
+    for process in processes:
+        process.join(120)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+def save_always(script):
+    script.SAVE_EVERY = 0.0
+
+# ---- one process ---------------------------------------------------------------------------------
+
+def test_kill_9_and_resume(finished):
+    """At any moment: what was saved last is read, and the run goes on to the same weights."""
+    script = SCRIPTS["directclr"]
+    out, flags, *_ = finished(script)
+    for step, begin in ((1, (*flags, "--out")), (6, ["--resume"])):
+        process, = start(script, *begin, "run", prepare=save_always)
+        wait_for(lambda: load("run")["step"] >= step)
+        process.kill()
+        assert finish([process]) == [-signal.SIGKILL]
+        assert step <= load("run")["step"] < 12, "the run ended before the signal came"
+    train(script, "--resume", "run")
+    assert equal_weights(out, "run") and without_times(out) == without_times("run")
+
+def quota(size, script):  # what a write beyond it raises is what a full disk raises: OSError
+    save_always(script)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+def test_full_disk(image_folder, tmp_path):
+    """A checkpoint that does not fit leaves the one before, no rubbish, and one clear line."""
+    run, printed = tmp_path / "run", tmp_path / "printed"
+    train(simclr, "--data", image_folder, *TINY, "--out", run, "--steps", "3")
+    before = (run / "last.pt").read_bytes()
+    prepare = functools.partial(quota, len(before) // 2)
+    assert finish(start(simclr, "--resume", run, output=printed, prepare=prepare)) == [2]
+    line = printed.read_text().splitlines()[-1]
+    assert line.startswith(f"simclr.py: error: cannot write {run / 'last.pt'}: ")
+    assert "what was saved before is still there" in line
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob("*.tmp"))
+    train(simclr, "--resume", run)
+    assert load(run)["step"] == 12
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+LOSSES = [  # with the heads and the probe BatchNorm's, which is left out here
+    ("simclr", "--temperature 0.2"), ("simclr", "--head expander"), ("vicreg", ""),
+    *[("directclr", f"--head {head}") for head in (
+        "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random")],
+    *[("interpolate", f"--head mlp --method {name}") for name in SCRIPTS["interpolate"].PATH],
+    ("interpolate", "--method simclr --normalize A"), ("interpolate", "--method dcl --normalize B"),
+    ("interpolate", "--method vicreg --blend simclr --alpha 0.3")]
+
+def gradients(folder, rank, world, port):
+    """One step of every loss, in float64, on this process's part of a batch; its gradients."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.Tensor.float, found = torch.Tensor.double, []
+    nn.BatchNorm1d = lambda *features, **flags: nn.Identity()
+    for method, flags in LOSSES:
+        script = SCRIPTS[method]
+        script.RANK, script.WORLD = rank, world
+        script.build_backbone = lambda arch, size: (
+            nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.Tanh(), nn.Linear(24, 16)), 16)
+        wide = [] if method == "directclr" else ["--hidden", "12"]
+        args = script.parse_args(["--dim", "8", "--batch-size", "12", *wide, *flags.split()])
         torch.manual_seed(0)
         model = script.Model(args, 8, 10).double()
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randint(256, (12, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        images = torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8)
         labels = torch.tensor([0, 1, 2, -1, -1, -1, 3, 4, 5, 6, 7, 8])  # unevenly unknown
-        network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        draws = torch.rand(2, 1, 12, 1, 1, 1, dtype=torch.float64)
         mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-        torch.manual_seed(2)
-        torch.Tensor.float, single = torch.Tensor.double, torch.Tensor.float
-        parts = script.train_step(network, optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                                  view, images[mine], labels[mine], args, None)
-        torch.Tensor.float = single
-        found[f"{method} {' '.join(flags)}"] = (
-            {name: value.item() for name, value in parts.items()},
-            {name: p.grad for name, p in model.named_parameters()})
-torch.save(found, f"{folder}/{world}-{rank}.pt")
-if world > 1:
-    torch.distributed.destroy_process_group()
-"""
-
-
-def finish(*command):
-    """Run a command in two processes to its end, which is without error; what it prints."""
-    process = torchrun(*command)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return output, errors
-
-
-def torchrun(*command, nproc=2, rendezvous=("--standalone",), **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-                   "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node",
-              str(nproc)]
-    return subprocess.Popen([*launch, *map(str, command)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=environment, **options)
-
+        parts = script.train_step(
+            nn.parallel.DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.0),
+            torch.amp.GradScaler("cpu", enabled=False),
+            lambda images, draws, *_: images.double() / 255 + draws[0],
+            images[mine], labels[mine], draws[:, :, mine], args, torch.float32)
+        found.append(({name: value.item() for name, value in parts.items()},
+                      {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    torch.save(found, f"{folder}/{world}-{rank}.pt")
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory):
-    """{case: (parts, gradients)} of one process, and of each of two."""
+def steps(tmp_path_factory):
+    """[(parts, gradients) of every loss] of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("gradients")
-    (folder / "work.py").write_text(WORK)
-    (folder / "losses.json").write_text(json.dumps(LOSSES))
-    for nproc in (1, 2):
-        process = torchrun(folder / "work.py", folder / "losses.json", folder, nproc=nproc)
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    for world in (1, 2):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        both = [FORK.Process(target=gradients, args=(folder, rank, world, port))
+                for rank in range(world)]
+        for process in both:
+            process.start()
+        assert finish(both) == [0] * world
     return [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]
 
-
-@pytest.mark.parametrize("case", [f"{m} {' '.join(f)}" for m in METHODS for f in LOSSES[m]])
-def test_two_processes_have_the_gradient_of_one(gradients, case):
-    """In float64, through loss, head, probe and a network without BatchNorm; the loss is the same
-    in every process. Both halves of the batch differ, so neither gradient is the whole by luck."""
-    (loss, whole), (first, one), (second, other) = (g[case] for g in gradients)
-    assert first == second and first.keys() == loss.keys()
-    for name, value in loss.items():
-        assert first[name] == pytest.approx(value, rel=1e-10, abs=1e-12)
-    assert len(whole) >= 6
+@pytest.mark.parametrize("case", range(len(LOSSES)), ids=[" ".join(case) for case in LOSSES])
+def test_two_processes_have_the_gradient_of_one(case, steps):
+    """In float64, through loss, head, probe and network; the loss is the same in every process.
+    Both halves of the batch differ, so neither gradient is the whole by luck."""
+    (loss, whole), (first, one), (second, other) = (found[case] for found in steps)
+    assert first == second == {name: pytest.approx(v, 1e-10, 1e-12) for name, v in loss.items()}
     total = torch.stack([g.norm() for g in whole.values()]).norm()
     for name, expected in whole.items():
         assert torch.equal(one[name], other[name])
         size = expected.norm().clamp(min=1e-6 * total)  # some are 0
-        error = (one[name] - expected).norm() / size
-        assert error < 1e-6, (name, error)
+        assert (one[name] - expected).norm() / size < 1e-6, name
     assert whole["backbone.1.weight"].norm() > 0 and whole["probe.1.weight"].norm() > 0
 
-
-def test_processes_share_out_images_and_crops(monkeypatch):
-    """Of every step each of two has one half: of the images, and of the seeds that draw crops."""
-    args = simclr.parse_args(["--data", "shapes", "--batch-size", "12"])
-    images, steps = torch.zeros(40, 1), {}
-    for rank, world in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(simclr, "processes", lambda: (rank, world))
-        steps[rank, world] = [*simclr.schedule(images, args, 2, 7)]
-    for whole, *halves in zip(*steps.values()):
-        assert len(whole[0]) == len(whole[1].unique()) == 12
-        for all_, parts in zip(whole, zip(*halves)):
-            assert torch.equal(torch.cat(parts), all_)
-
-
-# ---- whole scripts ------------------------------------------------------------------------------
-
+# ---- several processes ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def pair(image_folder, tmp_path_factory):
-    """A run of two processes, uninterrupted: (folder, flags, output, errors)."""
-    out = tmp_path_factory.mktemp("pair") / "simclr"
-    flags = ["--data", str(image_folder), *TINY]
-    return out, flags, *finish(ROOT / "simclr.py", *flags, "--out", out)
-
+    """A run of two processes, uninterrupted: folder, flags, output. 61 images and 19 to test on."""
+    out = tmp_path_factory.mktemp("pair")
+    flags = ("--data", str(image_folder), *TINY, "--holdout", "19")
+    codes = finish(start(simclr, *flags, "--out", out / "run", world=2, output=out / "printed"))
+    assert codes == [0, 0], (out / "printed").read_text()
+    return out / "run", flags, (out / "printed").read_text()
 
 def test_run_of_two_processes(pair):
-    """One log, one table of epochs, one checkpoint, as of one process."""
-    out, _, output, errors = pair
-    assert {p.name for p in out.iterdir()} == {"log.jsonl", "last.pt", "backbone.pt"}
-    assert [p.name for p in out.parent.iterdir()] == [out.name]
-    log = records(out)
+    """One log, one console, one checkpoint. Odd numbers of images, each counted once, and the first
+    process's network in both: accuracies are those of one process."""
+    out, _, output = pair
+    assert {p.name for p in out.iterdir()} == {
+        "log.jsonl", "last.pt", "backbone.pt", "embeddings.pt", "neighbours.png"}
+    log, args = records(out), simclr.parse_args(["--resume", str(out)])
     assert log[0]["processes"] == 2 and [r.get("epoch") for r in log] == [None, 0, 1, 2, 3, None]
-    assert log[-1]["final"] and log[-1]["step"] == 12
-    for line in ("epoch   1/3", "epoch   3/3", "untrained ", "trained "):
-        assert len(re.findall(f"^{line}", output, re.M)) == 1
-    assert "Traceback" not in errors and "Warning" not in errors
-    model = simclr.Model(simclr.parse_args(["--resume", str(out)]), 16, 10)
-    for part in ("backbone", "head", "probe"):
-        getattr(model, part).load_state_dict(load(out)[part])
-
-
-def test_evaluation_of_two_processes(image_folder, tmp_path):
-    """Odd numbers of images, each counted once, and the first process's network in both: the
-    figures are those of one process that evaluates the checkpoint."""
-    run = tmp_path / "run"
-    finish(ROOT / "simclr.py", "--data", image_folder, *TINY, "--holdout", "19", "--out", run)
-    args = simclr.parse_args(["--resume", str(run)])
+    assert [line.split()[0] for line in output.splitlines()] == ["method", *["epoch"] * 4, "final"]
     model, data = simclr.Model(args, 16, 10), simclr.load_data(args)
     for part in ("backbone", "head", "probe"):
-        getattr(model, part).load_state_dict(load(run)[part])
-    metrics = simclr.evaluate(model, data, torch.device("cpu"), linear=True)
-    final = records(run)[-1]
-    assert len(data.train_images) == 61 and len(data.test_images) == 19
-    assert final["rank"] == pytest.approx(metrics["rank"], abs=0.011)
-    for name in ("knn", "linear", "online"):
-        assert final[name] == metrics[name]
+        getattr(model, part).load_state_dict(load(out)[part])
+    metrics = simclr.evaluate(model, data, args)
+    assert len(data[2]) == 61 and len(data[4]) == 19
+    assert metrics == {k: pytest.approx(log[-1][k], abs=0.011) for k in metrics}
 
+def test_resume_with_another_number_of_processes(pair):
+    """One process, two, one: the same data in the same order. BatchNorm has on CPUs the statistics
+    of each process's part, so the weights are not those of two. With two again, and workers, they
+    are, to the bit."""
+    out, flags, _ = pair
+    train(simclr, *flags, "--out", "run", "--steps", "5")
+    assert finish(start(simclr, "--resume", "run", "--steps", "8", world=2)) == [0, 0]
+    assert load("run")["step"] == 8
+    train(simclr, "--resume", "run")
+    losses = [[r["loss"] for r in records(run)[2:5]] for run in (out, "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2) and not equal_weights(out, "run")
+    for begin in ((*flags, "--steps", "5", "--out"), ("--workers", "1", "--resume")):
+        assert finish(start(simclr, *begin, os.path.abspath("two"), world=2)) == [0, 0]
+    assert equal_weights(out, "two")
 
-def test_one_process_on_each_machine_downloads(monkeypatch, tmp_path):
+@pytest.mark.parametrize("signum, times", [("SIGINT", (1, 1)), ("SIGTERM", (0, 2))])
+def test_signal_to_processes(signum, times, pair):
+    """To all, or to one alone, twice: both save and stop after the same step."""
+    out, flags, _ = pair
+    processes = start(simclr, *flags, "--out", "run", world=2)
+    wait_for(lambda: len(records("run")) >= 3)
+    for process, number in zip(processes, times):
+        for _ in range(number):
+            os.kill(process.pid, getattr(signal, signum))
+    assert finish(processes) == [128 + getattr(signal, signum)] * 2
+    step = load("run")["step"]
+    assert 4 <= step < 12 and f"stopped after step {step}, saved" in open("printed").read()
+    assert finish(start(simclr, "--resume", "run", world=2)) == [0, 0] and equal_weights(out, "run")
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_on_each_machine_downloads(rank, monkeypatch):
     """The others load the data only once it has."""
     class Met(Exception):
         pass
-
-    def meets(caught):
+    def meets():
         raise Met
+    loads = []
+    monkeypatch.setattr(simclr, "LOCAL_RANK", rank)
+    monkeypatch.setattr(simclr, "load_data", loads.append)
+    monkeypatch.setattr(simclr, "agree", meets)
+    with pytest.raises(Met):
+        train(simclr, "--data", "cifar10", "--device", "cpu")
+    assert len(loads) == 1 - rank
 
-    for rank, expected in (("0", ["load"]), ("1", [])):
-        loads = []
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        monkeypatch.setattr(simclr, "load_data", lambda args: loads.append("load"))
-        monkeypatch.setattr(simclr, "agree", meets)
-        with pytest.raises(Met):
-            simclr.main(["--data", "cifar10", "--device", "cpu", "--out", str(tmp_path / "run")])
-        assert loads == expected
+def test_world_that_does_not_divide_the_batch(image_folder, capsys, monkeypatch):
+    for method, size in zip(METHODS, ("21", "2", "3", "25")):
+        monkeypatch.setattr(SCRIPTS[method], "WORLD", 2)
+        line = refused(capsys, SCRIPTS[method], "--data", image_folder, *TINY, "--batch-size", size)
+        assert f"--batch-size {size} is for all processes, a multiple of their number, 2" in line
+    assert not os.path.exists("runs")
 
+# ---- torchrun ------------------------------------------------------------------------------------
 
-def test_two_nodes(pair, tmp_path):
+def torchrun(*command, nproc=2, rendezvous=("--standalone",)):
+    launch = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", nproc,
+              ROOT / "simclr.py", *command]
+    return subprocess.Popen([*map(str, launch)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+def test_two_nodes(pair):
     """Two torchruns that meet at an address, as on two machines with a common disk, train the
-    weights of one torchrun with two processes."""
-    out, flags, _, _ = pair
+    weights of the pair."""
+    out, flags, _ = pair
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = [torchrun(ROOT / "simclr.py", *flags, "--out", tmp_path / "run", nproc=1, rendezvous=[
+    nodes = [torchrun(*flags, "--out", "run", nproc=1, rendezvous=[
         "--nnodes", "2", "--rdzv-id", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", address])
         for _ in range(2)]
     outputs = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sorted("trained" in output for output, _ in outputs) == [False, True]
-    assert equal_weights(out, tmp_path / "run")
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert sorted("final True" in output for output, _ in outputs) == [False, True]
+    assert "Traceback" not in str(outputs) and equal_weights(out, "run")
 
-
-def test_resume_with_another_number_of_processes(pair, tmp_path):
-    """One process, then two, then one: the same data in the same order. BatchNorm has on CPUs
-    the statistics of each process's part, so the weights are not those of one process."""
-    out, flags, _, _ = pair
-    run = tmp_path / "run"
-    torch.set_num_threads(1)
-    simclr.main([*flags, "--out", str(run), "--steps", "5"])
-    finish(ROOT / "simclr.py", "--resume", run, "--steps", "8")
-    assert load(run)["step"] == 8
-    simclr.main(["--resume", str(run)])
-    assert load(run)["step"] == 12
-    first, last = records(out), records(run)
-    assert [r.get("epoch") for r in first] == [r.get("epoch") for r in last]
-    assert last[-2]["loss"] == pytest.approx(first[-2]["loss"], rel=0.2)
-
-
-def test_streaming_resume_of_two_processes(image_folder, tmp_path):
-    """To the bit: each process goes on with its part of the permutation and of the crops."""
-    script, whole, parts = ROOT / "vicreg.py", tmp_path / "whole", tmp_path / "parts"
-    flags = ["--data", image_folder, *TINY, "--epochs", "2", "--stream"]
-    for command in ([*flags, "--out", whole], [*flags, "--out", parts, "--steps", "3"],
-                    ["--resume", parts]):
-        finish(script, *command)
-    assert equal_weights(whole, parts)
-
-
-@pytest.mark.parametrize("several", [True, False])
-def test_second_signal(several, monkeypatch, tmp_path):
-    """torchrun passes on what its processes had already: only a single one ends at once."""
-    def ends(signum, frame):
-        raise InterruptedError
-
-    monkeypatch.setattr(simclr.dist, "is_initialized", lambda: several)
-    before = signal.signal(signal.SIGTERM, ends)
-    try:
-        with simclr.catch_signals(simclr.Run(tmp_path)) as caught:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert caught == [signal.SIGTERM]
-            with contextlib.nullcontext() if several else pytest.raises(InterruptedError):
-                os.kill(os.getpid(), signal.SIGTERM)
-            assert len(caught) == 1 + several
-        assert signal.getsignal(signal.SIGTERM) is ends
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.parametrize("to, signum", [
-    ("torchrun", "SIGTERM"), ("all", "SIGINT"), ("one twice", "SIGTERM")])
-def test_signal_to_torchrun(image_folder, tmp_path, to, signum):
-    """What a scheduler sends before it takes the machine: to torchrun, or to every process, which
-    then has it twice; or what reaches one process alone. The run is saved and ends with a code
-    that is not zero."""
-    run = tmp_path / "run"
-    flags = ["--data", image_folder, *TINY, "--epochs", "200"]
-    process = torchrun(ROOT / "simclr.py", *flags, "--out", run, start_new_session=True)
-    wait_for(lambda: len(records(run)) >= 4)
-    logged = records(run)[-1]["step"]
-    if to == "one twice":
-        for _ in range(2):
-            os.kill(workers(process)[1], getattr(signal, signum))
-            time.sleep(0.005)
-    elif to == "all":
-        os.killpg(process.pid, getattr(signal, signum))
-    else:
-        process.send_signal(getattr(signal, signum))
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and "simclr.py\", line" not in errors
-    step = load(run)["step"]
-    assert logged <= step < 800 and f"stopped after step {step}, saved" in output
-
-
-def workers(process):
-    """The process ids of torchrun's two children."""
+def test_death_and_signal_under_torchrun(image_folder):
+    """kill -9 of one process ends all, with a checkpoint; what a scheduler sends to torchrun before
+    it takes the machine saves the run; both end with a code that is not zero."""
+    flags = ("--data", image_folder, *TINY, "--epochs", "200")
+    process = torchrun(*flags, "--out", "run")
+    wait_for(lambda: len(records("run")) >= 4)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    found = sorted(int(pid) for pid in children.stdout.split())
-    assert len(found) == 2
-    return found
-
-
-def test_a_process_that_dies_ends_all(image_folder, tmp_path):
-    """kill -9 of one: a code that is not zero within a minute, a checkpoint to go on from."""
-    run = tmp_path / "run"
-    flags = ["--data", image_folder, *TINY, "--epochs", "200", "--save-every", "0"]
-    process = torchrun(ROOT / "simclr.py", *flags, "--out", run)
-    wait_for(lambda: load(run)["step"] >= 3)
-    start = time.time()
-    os.kill(workers(process)[1], signal.SIGKILL)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     process.communicate(timeout=60)
-    assert process.returncode != 0 and time.time() - start < 60
-    step = load(run)["step"]
-    finish(ROOT / "simclr.py", "--resume", run, "--steps", step + 2)
-    assert load(run)["step"] == step + 2
-
-
-def test_world_that_does_not_divide_the_batch(image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for method in METHODS:
-        line = refused(capsys, importlib.import_module(method), "--data", image_folder, *TINY,
-                       "--batch-size", "21", "--out", tmp_path / "run")
-        assert "--batch-size 21 is for all processes: a multiple of their number, 2" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_all_variants_in_two_processes(image_folder, tmp_path):
-    _, errors = finish(ROOT / "simclr.py", "--data", image_folder, *TINY, "--epochs", "1", "--head",
-                       "all", "--out", tmp_path / "all")
-    assert {p.name for p in (tmp_path / "all").iterdir()} == {"mlp", "linear", "none", "expander"}
-    assert "Traceback" not in errors and records(tmp_path / "all" / "none")[-1]["step"] == 4
+    assert process.returncode != 0 and load("run")["step"] == 0
+    os.unlink("run/log.jsonl")
+    process = torchrun("--resume", "run")
+    wait_for(lambda: len(records("run")) >= 2)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    step = load("run")["step"]
+    assert process.returncode != 0 and "simclr.py\", line" not in errors
+    assert 8 <= step < 800 and f"stopped after step {step}, saved" in output
