@@ -36,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
 # ==== 2. Measures [own] ===========================================================================
 # Of embeddings z (n, D) on the CPU, one row an image, half to double precision. Sums are in float64
 # and in blocks: no matrix is larger than the smaller of n and D, squared.
@@ -44,7 +43,6 @@ def row_norms(z):
     """Norms (n,) of the rows of z (n, m), and their inverses, 0 for a row of zeros."""
     norms = torch.cat([part.double().norm(dim=1) for part in z.split(1000)])
     return norms, torch.where(norms > 0, 1 / norms, 0)
-
 
 def spectrum(z, normalize=True):
     """Singular values (D,) of the covariance matrix of z (n, D), falling; normalize: rows first.
@@ -70,16 +68,13 @@ def spectrum(z, normalize=True):
     rounding = torch.finfo(values.dtype).eps * (values.sum() + mean.square().sum())
     return torch.nn.functional.pad(values.where(values > rounding, 0), (0, dim - len(values)))
 
-
 def participation_ratio(values):
     """(sum of values)^2 / sum of values^2 of a spectrum (D,): 1 to D, D where all are equal."""
     return (values.sum() ** 2 / values.double().square().sum().clamp(min=1e-300)).item()
 
-
 def collapsed(values, threshold=1e-6):
     """How many values of a spectrum (D,) are at most threshold times the largest."""
     return int((values <= threshold * values.max()).sum())
-
 
 @torch.no_grad()
 def effective_rank(x):
@@ -95,7 +90,6 @@ def effective_rank(x):
     p = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = p / p.sum().clamp(min=1e-12)
     return math.exp(-torch.special.xlogy(p, p).sum().item())
-
 
 def pair_sums(z, functions):
     """Sum over all i != j of f(products, cosines), for each f, of the rows i and j of z (n, m).
@@ -118,7 +112,6 @@ def pair_sums(z, functions):
             weight = 1 if i == j else 2  # the block (j, i) holds the same
             totals = [t + weight * f(products, cosines) for t, f in zip(totals, functions)]
     return totals
-
 
 def criterion(z):
     """The criterion over pairs of rows of z (n, m), and what surrounds it; a dict.
@@ -153,7 +146,6 @@ def criterion(z):
         "uniformity": torch.log(spread / pairs)}
     return {name: float(value) for name, value in numbers.items()} | {"histogram": counts.tolist()}
 
-
 def duality(z):
     """Both criteria of embeddings z (n, D): "samples" over rows, "dimensions" over columns; a dict.
 
@@ -165,18 +157,15 @@ def duality(z):
     return {"residual": abs(left - right) / max(right, 1e-300), "samples": samples,
             "dimensions": dimensions}
 
-
 # ==== 3. Runs and files [own] =====================================================================
 SPACES = {"h": "representation", "z": "embedding"}  # of a run, by embeddings.pt's keys
 PATH = ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr", "simclr-abs", "simclr-sq", "dcl", "dcl-abs",
         "dcl-sq", "spectral", "barlow", "tcr")  # interpolate.py's order, first in a folder
 
-
 def fail(message):
     """End the program with one line on what was wrong and exit code 2."""
     print(f"analyze.py: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-
 
 def find_runs(paths):
     """The files and finished runs among paths, or in folders that they name, {name: path}.
@@ -199,7 +188,6 @@ def find_runs(paths):
     length = next(k for k in itertools.count(1) if len({p.parts[-k:] for p in found}) == len(found))
     names = ["/".join(path.parts[-length:]) for path in found]
     return {name.encode(errors="backslashreplace").decode(): p for name, p in zip(names, found)}
-
 
 def read_spaces(path):
     """The floating arrays (n, D) of a .npy, .npz or .pt file as tensors, {name: z}.
@@ -228,7 +216,6 @@ def read_spaces(path):
         fail(f"{path}: no floating array (n, D), n and D at least 2, among: {'; '.join(held)}")
     return spaces
 
-
 def read_log(path):
     """What log.jsonl tells of a run: method, head and the final line's accuracies; {} without."""
     try:
@@ -240,7 +227,6 @@ def read_log(path):
         return {}
     except Exception as error:  # the same
         fail(f"{path}: damaged, or not a run's log ({type(error).__name__})")
-
 
 def examine(name, path, options):
     """Measure a run or a file: a row for each space, a dict of numbers, texts and lists."""
@@ -261,13 +247,11 @@ def examine(name, path, options):
             rows[-1]["std_sqrt_D"] = rows[-1]["samples"]["std"] * math.sqrt(z.shape[1])
     return rows
 
-
 # ==== 4. Toy experiments [own] ====================================================================
 # DirectCLR's sections 4 and 5: x ~ N(0, I_16), z = W_L ... W_1 x, plain SGD, no normalisation.
 # Several settings, R, train at once: weights (R, 16, 16), embeddings (R, N, 16). An experiment
 # returns rows, dicts of the same kind: numbers go to its table, lists to its figure.
 WIDTH = 16
-
 
 def toy_logits(z1, z2, loss):
     """Logits (R, N, N) of the toy losses; the positive's are on the diagonal.
@@ -282,11 +266,9 @@ def toy_logits(z1, z2, loss):
     positive = half - (z1 - z2).square().sum(dim=2) / 2
     return logits.diagonal_scatter(positive, dim1=1, dim2=2)
 
-
 def toy_loss(z1, z2, loss):
     """Mean over the N images of the toy loss, (R,)."""
     return -toy_logits(z1, z2, loss).log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean(dim=1)
-
 
 def toy_forward(x, weights, relu=False):
     """z (R, N, 16) of x (N, 16) or (R, N, 16); relu (R, 1, 1): which networks rectify between."""
@@ -294,7 +276,6 @@ def toy_forward(x, weights, relu=False):
         x = x if i == 0 else torch.where(torch.as_tensor(relu), x.relu(), x)
         x = x @ weight.mT
     return x
-
 
 def toy_init(kind, layers, generator):
     """Weights (layers, 16, 16), float64.
@@ -310,7 +291,6 @@ def toy_init(kind, layers, generator):
     if kind == "aligned":
         v = torch.cat([v[:1], u[:-1].mT])
     return u * torch.exp(-0.35 * torch.arange(WIDTH, dtype=torch.float64)) @ v
-
 
 def toy_train(weights, noise, loss, lr, steps, relu=False, seed=0):
     """Train weights [(R, 16, 16)] * L in place; yield (step, x, x') before each step and at last.
@@ -334,7 +314,6 @@ def toy_train(weights, noise, loss, lr, steps, relu=False, seed=0):
             for weight, gradient in zip(weights, gradients):
                 weight.requires_grad_(False).sub_(gradient, alpha=lr)
 
-
 def toy_x(weights, x1, x2):
     """X = S0 - S1 (R, 16, 16) of Lemma 2, so that equation 2's gradient is G = -W X, W the product.
 
@@ -349,14 +328,12 @@ def toy_x(weights, x1, x2):
     s1 = (x2 - x1).mT @ ((1 - own)[..., None] * (x2 - x1))
     return (s0 - s1) / x1.shape[1]
 
-
 def log_spectrum(weights, relu=False):
     """Natural logs (R, 16) of the embedding covariance's singular values, on 1,000 samples."""
     x = torch.randn(1000, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     z = toy_forward(x, [weight.double() for weight in weights], relu)
     z = z - z.mean(dim=1, keepdim=True)
     return torch.linalg.svdvals(z.mT @ z / 999).clamp(min=1e-300).log()
-
 
 def toy_networks(loss, lr, layers, settings, quiet, steps, seed):
     """Train a network for each of settings (init, relu, noise), without noise on `quiet` inputs.
@@ -378,13 +355,11 @@ def toy_networks(loss, lr, layers, settings, quiet, steps, seed):
                      "collapsed": sum(value < -8 for value in spectra[i])})
     return rows
 
-
 def toy_augmentation(steps, seed):
     """Figure 3: one layer, noise on its last eight inputs; strong noise kills eight dimensions."""
     settings = [("uniform", False, noise) for noise in (0.01, 0.5, 1.0, 1.5, 2.0, 3.0)]
     return [row for loss, lr in (("paper", 1e-2), ("code", 1e-3))
             for row in toy_networks(loss, lr, 1, settings, 8, steps, seed)]
-
 
 def toy_layers(steps, seed):
     """Figures 5 and 6: two layers, hardly any noise; the singular values over time.
@@ -425,13 +400,11 @@ def toy_layers(steps, seed):
                 rows[-1] |= {"law": law[i].tolist(), "off_law": off_law[i].item()}
     return rows
 
-
 def toy_depth(steps, seed):
     """Figure 11: one to four layers, linear or with ReLU between; deeper ones collapse further."""
     settings = [(init, relu, 1e-3) for relu in (False, True) for init in ("decaying", "uniform")]
     return [row for loss, lr in (("paper", 0.1), ("code", 0.01)) for layers in (1, 2, 3, 4)
             for row in toy_networks(loss, lr, layers, settings, 0, steps, seed)]
-
 
 # ==== 5. Tables and figures [own] =================================================================
 def compare(rows):
@@ -443,7 +416,6 @@ def compare(rows):
         runs.setdefault(name, {"run": name, "log": row["log"]})[part] = row
     return [*runs.values()]
 
-
 def lines_spectra(rows, title, label, key, over=None):
     """Logs of row[key], singular values, over row[over] or their index; at 1e-12 what is less."""
     lines = []
@@ -452,7 +424,6 @@ def lines_spectra(rows, title, label, key, over=None):
         x = np.maximum(row[over], 5) if over else np.arange(len(y)) + 1  # a log axis has no step 0
         lines.append((title.format(**row), label.format(**row), x, y))
     return lines
-
 
 def lines_duality(rows):
     """Densities of the cosines of images, and of dimensions."""
@@ -463,14 +434,12 @@ def lines_duality(rows):
         lines.append((f"{row['space']}: pairs of {side}", row["run"], x, density))
     return lines
 
-
 def lines_layers(rows):
     """Singular values of W1, with Theorem 3's, and of the embedding's covariance over the steps."""
     title = "{loss}'s loss, {init}: "
     return [*lines_spectra(rows, title + "W₁", "trained", "w1", "steps"),
             *lines_spectra(rows, title + "W₁", "by Theorem 3", "law", "steps"),
             *lines_spectra(rows, title + "embedding", "trained", "log_embedding", "steps")]
-
 
 def draw(path, lines, columns=2, size=(4, 3), **settings):
     """Draw lines, each (title of its panel, label, x, y), into path if matplotlib is here.
@@ -509,7 +478,6 @@ def draw(path, lines, columns=2, size=(4, 3), **settings):
         pyplot.close(figure)
     print(f"wrote {path}")
 
-
 def table(rows, columns):
     """Rows as Markdown that lines up. columns: the keys, TITLE=KEY.KEY for what is further in."""
     def cell(value, keys):
@@ -524,7 +492,6 @@ def table(rows, columns):
     cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "".join("| " + " | ".join(map(str.rjust, row, widths)) + " |\n" for row in cells)
 
-
 def publish(name, options, rows):
     """Print rows as a table; leave it as OUT/NAME.md, all they hold as NAME.json, a figure."""
     columns, lines, layout = REPORTS[name]
@@ -536,7 +503,6 @@ def publish(name, options, rows):
         print(f"wrote {options.out / name}{suffix}")
     if lines:
         draw(options.out / f"{name}.{options.figure}", lines(rows), **layout)
-
 
 # ==== 6. Commands [own] ===========================================================================
 COMMANDS = ("spectrum", "duality", "compare", "toy")
@@ -574,7 +540,6 @@ REPORTS = {  # columns of the table, lines of the figure, its layout
             rows, "{loss}'s loss, ReLU {relu}", "L = {layers}, {init}", "log_spectrum"),
         TO_16)}
 
-
 def parse_args(argv=None):
     """Parse the command line; command is "all" where none was given, what the rest of the words."""
     parser = argparse.ArgumentParser(
@@ -604,7 +569,6 @@ def parse_args(argv=None):
         fail("--limit takes 0 or at least 2, --steps at least 1, --seed 0 to 2^63 - 1")
     return options
 
-
 def main(argv=None):
     """Do what the command line asks."""
     options, rows = parse_args(argv), []
@@ -624,7 +588,6 @@ def main(argv=None):
                 publish(name, options, compare(rows) if name == "compare" else rows)
     except OSError as error:
         fail(error)
-
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a path may hold what the console cannot show

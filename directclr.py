@@ -38,6 +38,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop, rg
 
 # ==== 2. Method [method] ==========================================================================
 METHOD, RUN_NAME = "directclr", "directclr-{head}"
+SHAPES = {"arch": "convnet", "epochs": 7, "batch_size": 128}  # with --data shapes
 
 def add_method_args(add):
     """Add the flags in which the methods differ."""
@@ -500,9 +501,9 @@ def parse_args(argv=None):
     add("--gray", type=float, default=0.1, help="probability of grayscale")
     add("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
     add("--solarize", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
-    add("--epochs", type=int, default=100, help="passes over the training images; of shapes 7")
+    add("--epochs", type=int, default=100, help="passes over the training images")
     add("--steps", type=int, default=0, help="stop after so many in all, as in a dry run; 0: never")
-    add("--batch-size", type=int, default=512, help="images, of all processes; of shapes 128")
+    add("--batch-size", type=int, default=512, help="images, of all processes together")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
     add("--warmup", type=float, default=0.1, help="part of the training in which the rate rises")
@@ -516,7 +517,7 @@ def parse_args(argv=None):
     add("--deterministic", action="store_true", help="repeat a run bit for bit on a GPU too")
     args, saved = parser.parse_args(argv), {}
     if args.data == "shapes":
-        parser.set_defaults(arch="convnet", epochs=7, batch_size=128)
+        parser.set_defaults(**SHAPES)
     if args.resume is not None:
         saved = load_checkpoint(args.resume)["args"]
         parser.set_defaults(**saved)

@@ -30,11 +30,9 @@ import analyze  # noqa: E402
 import simclr  # noqa: E402
 import vicreg  # noqa: E402
 
-
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
-
 
 def time_in_turn(device, functions, rounds):
     """Median seconds of each function, taken in turn after two warm-ups each."""
@@ -49,7 +47,6 @@ def time_in_turn(device, functions, rounds):
             synchronize(device)
             mine.append(time.perf_counter() - start)
     return [statistics.median(s) for s in seconds]
-
 
 def peak_memory(device, function):
     """Bytes that function allocates at its peak, beyond what is there when it starts; None if the
@@ -71,30 +68,26 @@ def peak_memory(device, function):
     function()
     return status("VmHWM") - before
 
-
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
-
 
 def table(*columns):
     """Begin a Markdown table; row() goes on with it: what is printed can stand in the README."""
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
 
-
 def row(*cells):
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
 
 def mebibytes(size):
     return "unknown" if size is None else f"{size / 2**20:,.0f}"
 
-
 class Steps:
     """One script's method ready to train: its full step, its bare passes, its augmentation."""
 
-    def __init__(self, name, flags, batch_size, device, args):
+    def __init__(self, command, batch_size, device, args):
         torch._dynamo.reset()  # compiled for these shapes, as in training
+        name, *flags = command.split()
         script = self.script = importlib.import_module(name)
         run = self.run = script.parse_args([
             "--arch", args.arch, "--batch-size", str(batch_size), "--device", str(device),
@@ -134,27 +127,18 @@ class Steps:
         draws = self.draws()
         return [self.view(self.images, draws[i], i, self.run, self.dtype) for i in (0, 1)]
 
-
 def part_a(device, args):
-    print("\n(a) First step: with compilation, if any. Epoch: of 50,000 images, steps alone.")
+    print("\n(a) An epoch is of 50,000 images, steps alone.")
     table("script", "batch", "ms a step", "ms bare passes", "step / bare", "augmentation / step",
-          "s an epoch", "MiB a step allocates", "s first step")
-    wide = ["--dim", str(args.dim)]
+          "s an epoch", "MiB a step allocates")
     for batch in args.batch_size:
-        for name, flags in (("simclr", []), ("simclr", ["--head", "expander", *wide]),
-                            ("vicreg", wide), ("directclr", []), ("interpolate", [])):
-            steps = Steps(name, flags, batch, device, args)
-            start = time.perf_counter()
-            steps.step()
-            synchronize(device)
-            first = time.perf_counter() - start
+        for command in ("simclr", "vicreg --dim 2048", "directclr", "interpolate --dim 2048"):
+            steps = Steps(command, batch, device, args)
             full, bare, augment = time_in_turn(
                 device, [steps.step, steps.bare, steps.augment], args.rounds)
-            row(f"`{' '.join([name + '.py', *flags])}`", batch, f"{1000 * full:.1f}",
+            row(f"`{command.replace(' ', '.py ', 1)}`", batch, f"{1000 * full:.1f}",
                 f"{1000 * bare:.1f}", f"{full / bare:.2f}", f"{augment / full:.2f}",
-                f"{50_000 / batch * full:.1f}", mebibytes(peak_memory(device, steps.step)),
-                f"{first:.1f}")
-
+                f"{50_000 / batch * full:.1f}", mebibytes(peak_memory(device, steps.step)))
 
 class TwoViews(torch.utils.data.Dataset):
     """The usual way: torchvision v2 transforms, one image at a time, in worker processes."""
@@ -173,14 +157,13 @@ class TwoViews(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return self.transform(self.images[index]), self.transform(self.images[index])
 
-
 def part_b(device, args):
     cores, batch = os.cpu_count(), args.batch_size[0]
     print(f"\n(b) Two views of each image on {device}, against torchvision v2 in a DataLoader of "
           f"{cores} workers.")
     table("px", "images/s, ours", "images/s, torchvision", "ratio")
     for size in (32, 96):
-        steps = Steps("simclr", [], batch, device, args)
+        steps = Steps("simclr", batch, device, args)
         steps.images = simclr.draw_shapes(batch, 1, size)[0].to(device)
         mine = batch / time_in_turn(device, [steps.augment], args.rounds)[0]
         images = steps.images.cpu().repeat(32 * 24 * cores // batch + 1, 1, 1, 1)
@@ -191,7 +174,6 @@ def part_b(device, args):
         other = count / (time.perf_counter() - start)
         row(size, f"{mine:,.0f}", f"{other:,.0f}", f"{mine / other:.1f}")
 
-
 def official_covariance(z):
     """c(z) as VICReg's official code computes it: through the D x D covariance matrix."""
     n, dim = z.shape
@@ -200,13 +182,11 @@ def official_covariance(z):
     off_diagonal = cov.flatten()[:-1].view(dim - 1, dim + 1)[:, 1:].flatten()
     return off_diagonal.pow_(2).sum().div(dim)
 
-
 def official_loss(z1, z2):
     """VICReg's loss with the D x D form: all else as in vicreg.py."""
     std = (vicreg.variance(z1) + vicreg.variance(z2)) / 2
     cov = official_covariance(z1) + official_covariance(z2)
     return 25 * torch.nn.functional.mse_loss(z1, z2) + 25 * std + cov
-
 
 def part_c(device, args):
     print("\n(c) VICReg's loss, forward and backward, float32: ours against the D x D form.")
@@ -227,7 +207,6 @@ def part_c(device, args):
             row(n, dim, f"{1000 * mine:.1f}", f"{1000 * other:.1f}", f"{other / mine:.1f}",
                 *map(mebibytes, memory))
 
-
 class BareCrops(torch.utils.data.Dataset):
     """The usual way to stream: torchvision opens an image and crops it twice, in worker processes.
     """
@@ -242,7 +221,6 @@ class BareCrops(torch.utils.data.Dataset):
         image = torchvision.datasets.folder.default_loader(self.paths[index])
         image = v2.functional.pil_to_tensor(image)
         return torch.stack([self.crop(image), self.crop(image)])
-
 
 def part_d(device, args):
     cores, batch = min(16, os.cpu_count()), 64  # simclr.py's --workers
@@ -281,25 +259,20 @@ def part_d(device, args):
         for name, rounds in zip(("ours", "bare DataLoader"), speeds):
             row(name, f"{statistics.median(rounds):,.0f}", ", ".join(f"{r:,.0f}" for r in rounds))
 
-
 def part_e(device, args):
-    n, dim = 50000, 8192
-    z, generator = torch.empty(n, dim), torch.Generator().manual_seed(0)
-    scales = torch.exp(-torch.linspace(0, 8, dim))  # a spectrum that falls, as of trained networks
+    z, generator = torch.empty(50_000, 8192), torch.Generator().manual_seed(0)
+    scales = torch.exp(-torch.linspace(0, 8, 8192))  # a spectrum that falls, as of trained networks
     for part in z.split(1000):
         part.copy_(torch.randn(part.shape, generator=generator) * scales)
-    print(f"\n(e) {n:,} embeddings of {dim} dimensions, {z.nbytes / 2**30:.2f} GiB, on the CPU.")
-    table("function", "s", "peak GiB of the whole process", "residual of Theorem 3.3")
+    print("\n(e) 50,000 embeddings of 8192 dimensions, on the CPU.")
+    table("function", "s", "peak GiB of the whole process")
     for function in (analyze.effective_rank, analyze.spectrum, analyze.duality):
         start = time.perf_counter()
-        result = function(z)
+        function(z)
         row(f"`{function.__name__}`", f"{time.perf_counter() - start:.0f}",
-            f"{status('VmHWM') / 2**30:.2f}",
-            f"{result['residual']:.0e}" if isinstance(result, dict) else "")
-
+            f"{status('VmHWM') / 2**30:.2f}")
 
 PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e}
-
 
 def main():
     parser = argparse.ArgumentParser(
@@ -310,15 +283,13 @@ def main():
                         help="default: 512 1024 on a GPU, 256 on a CPU; parts but (a): the first")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     parser.add_argument("--compile", action="store_true", help="torch.compile network and views")
-    parser.add_argument("--rounds", type=int, help="timed rounds; default: 50 on a GPU, 5 on a CPU")
-    parser.add_argument("--dim", type=int, default=2048, help="D of VICReg and the expander in (a)")
     parser.add_argument("--parts", default="abcd", help="which of a to e to run")
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     args.arch = args.arch or ("resnet18" if gpu else "convnet")
     args.batch_size = args.batch_size or ([512, 1024] if gpu else [256])
-    args.rounds = args.rounds or (50 if gpu else 5)
+    args.rounds = 50 if gpu else 5
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
     print(f"{where}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, torchvision {torchvision.__version__}\n{args.arch}, 32 px, "
@@ -326,7 +297,6 @@ def main():
           f"python {' '.join(sys.argv)}")
     for name in args.parts:
         PARTS[name](device, args)
-
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = PATHS = [str(ROOT), str(ROOT / "tests")]
+PATHS += os.environ.get("PYTHONPATH", "").split(":")
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": ":".join(PATHS)}
 
 import pytest  # noqa: E402

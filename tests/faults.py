@@ -18,7 +18,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 def start(*flags):
     """simclr.py with a checkpoint every half second."""
     code = "import simclr; simclr.SAVE_EVERY = 0.5; simclr.main()"
@@ -26,12 +25,10 @@ def start(*flags):
     return subprocess.Popen([sys.executable, "-c", code, *map(str, flags)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
-
 def step(run):
     if not (run / "last.pt").exists():
         return None
     return torch.load(run / "last.pt", weights_only=True, mmap=True)["step"]
-
 
 def equal(a, b):
     """Whether two runs' weights, buffers and optimisers are the same to the bit."""
@@ -41,7 +38,6 @@ def equal(a, b):
     pairs += [(x["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
               for i, x in a["optimizer"]["state"].items()]
     return a["step"] == b["step"] and all(torch.equal(x, y) for x, y in pairs)
-
 
 def kills(folder, args):
     flags = ["--data", "shapes", "--dim", "32", "--epochs", str(args.epochs)]
@@ -71,7 +67,6 @@ def kills(folder, args):
     print(f"  weights and momenta equal: {equal(folder / 'whole', run)}; epochs, losses and kNN in "
           f"the log equal: {all(a == b for a, b in same)}", flush=True)
 
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,7 +75,6 @@ def main():
     parser.add_argument("--epochs", type=int, default=10, help="of the run that is killed")
     with tempfile.TemporaryDirectory() as folder:
         kills(Path(folder), parser.parse_args())
-
 
 if __name__ == "__main__":
     main()

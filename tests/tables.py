@@ -37,12 +37,10 @@ PUBLISHED = {  # Garrido et al. 2023, Tables 1 and 4; Jing et al. 2022, Tables 1
     "diagonal": "60.2", "orthogonal": "52.2", "lowrank": "62.3", "random": "43.0"}
 HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
-
 def rows(script, flag, values, flags, name):
     """A row for each value of a flag."""
     return [Row(f"`{value}`", f"{script} {flags} {flag} {value}", f"{name}/{value}",
                 PUBLISHED.get(value, "")) for value in values]
-
 
 def on_a_gpu(data, name):
     """The tables on CIFAR-10, ResNet-18: methods, path, heads, dimensions."""
@@ -63,7 +61,6 @@ def on_a_gpu(data, name):
             for script in ("vicreg.py", f"simclr.py {expander}")
             for hidden in ("", " --hidden 8192") for dim in (64, 256, 1024, 4096, 8192)]}
 
-
 TABLES = {
     "shapes": [Row(f"`python {name}.py --data shapes`", f"{name}.py --data shapes",
                    f"shapes/{name}", "", 3) for name in ("vicreg", "simclr", "directclr")],
@@ -74,12 +71,10 @@ TABLES = {
     **on_a_gpu("data/cifar10_jpeg", "gpu-cifar10_jpeg"),
 }
 
-
 def runs(row):
     """(name, command) of a row's runs, one for each seed."""
     return [(row.name + f"-seed{seed}" * bool(seed), row.command + f" --seed {seed}" * bool(seed))
             for seed in range(row.seeds)]
-
 
 def read(name):
     """The records of a run's log in tests/results/; none where it is missing or unfinished."""
@@ -87,13 +82,11 @@ def read(name):
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return records if records and records[-1].get("final") else []
 
-
 def cell(values, digits):
     """A mean, with the range over seeds where there are several."""
     text = f"{statistics.mean(values):.{digits}f}"
     return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1
                    else "")
-
 
 def table(name, folder):
     """A table in Markdown, of the rows of which a log is there, with links from a folder."""
@@ -115,13 +108,11 @@ def table(name, folder):
             *[row.published] * len(published), " ".join(f"[log]({link})" for link in links)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
 def write(text, folder):
     """A page's text with each table after its marker brought up to its logs."""
     return re.sub(
         r"(<!-- table: (\S+) -->\n\n)(?:(?:\||Not trained).*\n)*",
         lambda found: f"{found[1]}{table(found[2], folder)}\n", text)
-
 
 def train(names, jobs, minutes):
     """Train the tables' runs that have no log, `jobs` at a time; how many failed."""
@@ -161,7 +152,6 @@ def train(names, jobs, minutes):
         time.sleep(0.2)
     return failed
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,7 +174,6 @@ def main(argv=None):
             print(name)
             for run, command in (run for row in TABLES[name] for run in runs(row)):
                 print(f"  {'log' if read(run) else '   '}  python {command}")
-
 
 if __name__ == "__main__":
     main()

@@ -14,16 +14,13 @@ from conftest import ROOT
 
 import analyze
 
-
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-
 def embeddings(n, dim, seed=0):
     z = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
     return z * torch.linspace(0.1, 2, dim) + 0.3
-
 
 @pytest.mark.parametrize("n, dim", [(300, 7), (60, 60), (9, 40), (1200, 70), (100, 1100)])
 def test_spectrum_and_rank_are_numpys(n, dim):
@@ -35,7 +32,6 @@ def test_spectrum_and_rank_are_numpys(n, dim):
     for normalize, x in ((False, x), (True, x / np.linalg.norm(x, axis=1, keepdims=True))):
         expected = np.linalg.svd(np.cov(x.T), compute_uv=False, hermitian=True)
         np.testing.assert_allclose(analyze.spectrum(z, normalize), expected, 1e-9, 1e-12)
-
 
 def brute_force(x):
     """What criterion() measures of the rows of x (n, m), from whole matrices."""
@@ -52,7 +48,6 @@ def brute_force(x):
             "uniformity": np.log(np.exp(-2 * apart.numpy()[off] ** 2).mean()),
             "histogram": np.histogram(cosines, 200, (-1, 1))[0]}
 
-
 @pytest.mark.parametrize("n, dim", [(40, 7), (7, 40), (1300, 30), (30, 2100)])
 def test_duality_is_brute_force(n, dim):
     """Of rows and of columns, in one block and in several; Theorem 3.3 and Corollary 3.4.1."""
@@ -64,7 +59,6 @@ def test_duality_is_brute_force(n, dim):
         assert np.abs(mine.pop("histogram") - counts).sum() <= 1e-4 * counts.sum() + 4
         assert mine == {k: pytest.approx(v, rel=1e-9, abs=1e-9) for k, v in expected.items()}
         assert mine["lower"] - 1e-6 <= mine["unit"] <= mine["upper"] and mine["to_lower"] > 1 - 1e-9
-
 
 def test_special_embeddings():
     """Few directions, dead dimensions, rows of zeros, one point, uniform vectors, a single row."""
@@ -91,7 +85,6 @@ def test_special_embeddings():
         with pytest.raises(ValueError, match="at least two"):
             function(bad)
 
-
 def test_memory_does_not_hold_the_larger_matrix():
     """8,000 x 8,000 in float64 would be 500,000 KiB; a third of that is enough, on either side."""
     program = """import resource, torch, analyze
@@ -103,7 +96,6 @@ for x in (z, z.T):
 print(peak() - before)"""
     assert int(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT)) < 170_000
 
-
 def write_run(name, seed=0, final=(), **args):
     """A run folder as the training scripts leave it; its h and z."""
     Path(name).mkdir(parents=True)
@@ -114,12 +106,10 @@ def write_run(name, seed=0, final=(), **args):
     Path(name, "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     return h, z
 
-
 def analyzed(*argv):
     """Run analyze.py; {report: its rows}."""
     analyze.main([*argv, "--out", "out"])
     return {path.stem: json.loads(path.read_text())["rows"] for path in Path("out").glob("*.json")}
-
 
 def test_reports_hold_what_the_functions_return(capsys):
     """Two runs and a file side by side: JSON, tables and figures of all three commands."""
@@ -145,7 +135,6 @@ def test_reports_hold_what_the_functions_return(capsys):
     assert Path("out/duality.md").read_text() in capsys.readouterr().out
     assert [path.read_text()[:5] for path in Path("out").glob("*.svg")] == ["<?xml"] * 2
 
-
 def test_flags_and_names(capsys, monkeypatch):
     """What is measured of which rows, figures as PNG or none, the names and the order of runs."""
     z = write_run("run")[1][torch.linspace(0, 59, 30).long()]
@@ -165,7 +154,6 @@ def test_flags_and_names(capsys, monkeypatch):
         ["a/x", "b/x", "b/y"], ["x", "y"], ["simclr", "dcl", "other"]]
     assert capsys.readouterr().out == "skipped p/barlow: not finished, it has no embeddings.pt\n"
 
-
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_foreign_files(kind):
     """Half to double precision; what is no floating array (n, D) in a file of several is left."""
@@ -183,7 +171,6 @@ def test_foreign_files(kind):
         for row, mine in zip(rows, (x, x[:9].T)):
             expected = analyze.spectrum(mine.double()).tolist()
             assert row["z"]["singular_values"] == pytest.approx(expected, abs=1e-12)
-
 
 def test_bad_input(capsys):
     """One line that names what is wrong, exit code 2, whatever a file holds; no pickle runs."""
@@ -220,7 +207,6 @@ def test_bad_input(capsys):
         Path("good/log.jsonl").write_text(log)
         refused("log.jsonl: damaged", "good")
 
-
 def test_program():
     """Names that the console cannot show do not stop it; Ctrl-C does, with exit code 130."""
     np.save("\udcff-ü.npy", embeddings(20, 5).numpy())
@@ -234,7 +220,6 @@ def test_program():
     running.send_signal(signal.SIGINT)
     assert running.communicate(timeout=30)[1] == b"\nstopped\n" and running.returncode == 130
 
-
 @pytest.mark.parametrize("loss", ["paper", "code"])
 def test_toy_loss_is_the_formula(loss):
     """Against a loop over images, for two settings at once."""
@@ -245,7 +230,6 @@ def test_toy_loss_is_the_formula(loss):
                     if loss == "paper" else math.exp(a[i] @ b[j] / 0.1) for j in range(9)]
             value += math.log(near[i] / sum(near)) / 9
         assert value == pytest.approx(0, abs=1e-12)
-
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_lemma_2(layers):
@@ -264,7 +248,6 @@ def test_lemma_2(layers):
     torch.testing.assert_close(found, s0 - s1)
     torch.testing.assert_close(gradient[0], -w[0].detach() @ found, rtol=1e-12, atol=1e-14)
     assert min(torch.linalg.eigvalsh(s).min() for s in (s0, s1)) > -1e-12
-
 
 def test_toy_inits_and_numbers():
     """The starts' singular values and bound; after 300 steps the first version's numbers."""

@@ -1,7 +1,6 @@
 """Processes: the gradient of one, files from the first alone, signals, deaths, a full disk."""
 
 import functools
-import importlib
 import multiprocessing
 import os
 import resource
@@ -9,41 +8,43 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from test_runs import (
-    CPU, METHODS, SCRIPTS, TINY, equal_weights, finished, in_an_empty_folder, load, records,
-    refused, train, wait_for, without_times)
+from test_runs import (METHODS, SCRIPTS, TINY, equal_weights, finished, load, records, refused,
+                       train, wait_for, without_times)
 from torch import nn
 
 import simclr
-
-__all__ = ["finished", "in_an_empty_folder"]
 
 # Forked off a process that has imported the scripts, and has neither threads nor a GPU.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["test_processes"])
 
-def child(method, flags, output, prepare, rank, world, port):
-    """What a process does: main(), as torchrun would start it."""
+def child(work, output, rank, world, port, *args):
+    """What a process does: work(*args), in surroundings as torchrun's."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
                    "WORLD_SIZE": str(world)}
-    script = importlib.import_module(method)
+    os.setpgrp()
+    multiprocessing.set_start_method("fork", force=True)  # of its workers
     sys.stdout = sys.stderr = open(output, "a", buffering=1)
-    script.RANK, script.WORLD, script.LOCAL_RANK = rank, world, rank
-    if prepare:
-        prepare(script)
-    script.main(flags)
+    for script in SCRIPTS.values():
+        script.RANK, script.WORLD, script.LOCAL_RANK = rank, world, rank
+    work(*args)
 
-def start(script, *flags, output="printed", prepare=None, world=1):
-    """Processes that run main(), after prepare(script), and print into a file."""
+def run(method, prepare, flags):
+    if prepare:
+        prepare(SCRIPTS[method])
+    train(SCRIPTS[method], *flags)
+
+def start(*args, work=run, world=1):
+    """Processes that do work(*args), in this folder, and print into the file printed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags, output = [os.path.abspath(f) if f == "run" else str(f) for f in flags], os.path.abspath(output)
-    processes = [FORK.Process(target=child, args=(
-        script.METHOD, flags, output, prepare, rank, world, port)) for rank in range(world)]
+    processes = [FORK.Process(target=child, args=(work, os.path.abspath("printed"), rank, world,
+                                                  port, *args)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -56,23 +57,23 @@ def finish(processes):
         process.join()
     return [process.exitcode for process in processes]
 
+# ---- one process ---------------------------------------------------------------------------------
+
 def save_always(script):
     script.SAVE_EVERY = 0.0
 
-# ---- one process ---------------------------------------------------------------------------------
-
-def test_kill_9_and_resume(finished):
+def test_kill_9_and_resume(image_folder, tmp_path):
     """At any moment: what was saved last is read, and the run goes on to the same weights."""
-    script = SCRIPTS["directclr"]
-    out, flags, *_ = finished(script)
+    script, new = SCRIPTS["directclr"], tmp_path / "run"
+    out, flags, *_ = finished(script, image_folder)
     for step, begin in ((1, (*flags, "--out")), (6, ["--resume"])):
-        process, = start(script, *begin, "run", prepare=save_always)
-        wait_for(lambda: load("run")["step"] >= step)
+        process, = start("directclr", save_always, (*begin, new))
+        wait_for(lambda: load(new)["step"] >= step)
         process.kill()
         assert finish([process]) == [-signal.SIGKILL]
-        assert step <= load("run")["step"] < 12, "the run ended before the signal came"
-    train(script, "--resume", "run")
-    assert equal_weights(out, "run") and without_times(out) == without_times("run")
+        assert step <= load(new)["step"] < 12, "the run ended before the signal came"
+    train(script, "--resume", new)
+    assert equal_weights(out, new) and without_times(out) == without_times(new)
 
 def quota(size, script):  # what a write beyond it raises is what a full disk raises: OSError
     save_always(script)
@@ -80,21 +81,21 @@ def quota(size, script):  # what a write beyond it raises is what a full disk ra
 
 def test_full_disk(image_folder, tmp_path):
     """A checkpoint that does not fit leaves the one before, no rubbish, and one clear line."""
-    run, printed = tmp_path / "run", tmp_path / "printed"
-    train(simclr, "--data", image_folder, *TINY, "--out", run, "--steps", "3")
-    before = (run / "last.pt").read_bytes()
-    prepare = functools.partial(quota, len(before) // 2)
-    assert finish(start(simclr, "--resume", run, output=printed, prepare=prepare)) == [2]
-    line = printed.read_text().splitlines()[-1]
-    assert line.startswith(f"simclr.py: error: cannot write {run / 'last.pt'}: ")
+    new = tmp_path / "run"
+    train(simclr, "--data", image_folder, *TINY, "--out", new, "--steps", "3")
+    before = (new / "last.pt").read_bytes()
+    small = functools.partial(quota, len(before) // 2)
+    assert finish(start("simclr", small, ("--resume", new))) == [2]
+    line = Path("printed").read_text().splitlines()[-1]
+    assert line.startswith(f"simclr.py: error: cannot write {new / 'last.pt'}: ")
     assert "what was saved before is still there" in line
-    assert (run / "last.pt").read_bytes() == before and not list(run.glob("*.tmp"))
-    train(simclr, "--resume", run)
-    assert load(run)["step"] == 12
+    assert (new / "last.pt").read_bytes() == before and not list(new.glob("*.tmp"))
+    train(simclr, "--resume", new)
+    assert load(new)["step"] == 12
 
 # ---- gradients -----------------------------------------------------------------------------------
 
-LOSSES = [  # with the heads and the probe BatchNorm's, which is left out here
+LOSSES = [
     ("simclr", "--temperature 0.2"), ("simclr", "--head expander"), ("vicreg", ""),
     *[("directclr", f"--head {head}") for head in (
         "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random")],
@@ -102,15 +103,14 @@ LOSSES = [  # with the heads and the probe BatchNorm's, which is left out here
     ("interpolate", "--method simclr --normalize A"), ("interpolate", "--method dcl --normalize B"),
     ("interpolate", "--method vicreg --blend simclr --alpha 0.3")]
 
-def gradients(folder, rank, world, port):
-    """One step of every loss, in float64, on this process's part of a batch; its gradients."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+def gradients(folder):
+    """One step of every loss, in float64 and without BatchNorm, on this process's part of a batch;
+    its gradients, into a file."""
+    torch.distributed.init_process_group("gloo")
     torch.Tensor.float, found = torch.Tensor.double, []
     nn.BatchNorm1d = lambda *features, **flags: nn.Identity()
     for method, flags in LOSSES:
         script = SCRIPTS[method]
-        script.RANK, script.WORLD = rank, world
         script.build_backbone = lambda arch, size: (
             nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.Tanh(), nn.Linear(24, 16)), 16)
         wide = [] if method == "directclr" else ["--hidden", "12"]
@@ -120,7 +120,7 @@ def gradients(folder, rank, world, port):
         images = torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8)
         labels = torch.tensor([0, 1, 2, -1, -1, -1, 3, 4, 5, 6, 7, 8])  # unevenly unknown
         draws = torch.rand(2, 1, 12, 1, 1, 1, dtype=torch.float64)
-        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        mine = slice(script.RANK * 12 // script.WORLD, (script.RANK + 1) * 12 // script.WORLD)
         parts = script.train_step(
             nn.parallel.DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.0),
             torch.amp.GradScaler("cpu", enabled=False),
@@ -128,20 +128,14 @@ def gradients(folder, rank, world, port):
             images[mine], labels[mine], draws[:, :, mine], args, torch.float32)
         found.append(({name: value.item() for name, value in parts.items()},
                       {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    torch.save(found, f"{folder}/{world}-{rank}.pt")
+    torch.save(found, f"{folder}/{simclr.WORLD}-{simclr.RANK}.pt")
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     """[(parts, gradients) of every loss] of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("gradients")
     for world in (1, 2):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        both = [FORK.Process(target=gradients, args=(folder, rank, world, port))
-                for rank in range(world)]
-        for process in both:
-            process.start()
-        assert finish(both) == [0] * world
+        assert finish(start(folder, work=gradients, world=world)) == [0] * world
     return [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]
 
 @pytest.mark.parametrize("case", range(len(LOSSES)), ids=[" ".join(case) for case in LOSSES])
@@ -161,22 +155,23 @@ def test_two_processes_have_the_gradient_of_one(case, steps):
 
 @pytest.fixture(scope="module")
 def pair(image_folder, tmp_path_factory):
-    """A run of two processes, uninterrupted: folder, flags, output. 61 images and 19 to test on."""
-    out = tmp_path_factory.mktemp("pair")
-    flags = ("--data", str(image_folder), *TINY, "--holdout", "19")
-    codes = finish(start(simclr, *flags, "--out", out / "run", world=2, output=out / "printed"))
-    assert codes == [0, 0], (out / "printed").read_text()
-    return out / "run", flags, (out / "printed").read_text()
+    """A run of two processes, uninterrupted: folder, flags. 61 images and 19 to test on."""
+    out, flags = tmp_path_factory.mktemp("pair") / "run", ("--data", str(image_folder), *TINY,
+                                                           "--holdout", "19")
+    assert finish(start("simclr", None, (*flags, "--out", out), world=2)) == [0, 0]
+    return out, flags
 
-def test_run_of_two_processes(pair):
+def test_run_of_two_processes(pair, tmp_path):
     """One log, one console, one checkpoint. Odd numbers of images, each counted once, and the first
     process's network in both: accuracies are those of one process."""
-    out, _, output = pair
-    assert {p.name for p in out.iterdir()} == {
+    out, flags = pair
+    assert finish(start("simclr", None, (*flags, "--out", tmp_path / "run"), world=2)) == [0, 0]
+    assert equal_weights(out, "run") and {p.name for p in out.iterdir()} == {
         "log.jsonl", "last.pt", "backbone.pt", "embeddings.pt", "neighbours.png"}
     log, args = records(out), simclr.parse_args(["--resume", str(out)])
     assert log[0]["processes"] == 2 and [r.get("epoch") for r in log] == [None, 0, 1, 2, 3, None]
-    assert [line.split()[0] for line in output.splitlines()] == ["method", *["epoch"] * 4, "final"]
+    lines = Path("printed").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["method", *["epoch"] * 4, "final"]
     model, data = simclr.Model(args, 16, 10), simclr.load_data(args)
     for part in ("backbone", "head", "probe"):
         getattr(model, part).load_state_dict(load(out)[part])
@@ -184,47 +179,46 @@ def test_run_of_two_processes(pair):
     assert len(data[2]) == 61 and len(data[4]) == 19
     assert metrics == {k: pytest.approx(log[-1][k], abs=0.011) for k in metrics}
 
-def test_resume_with_another_number_of_processes(pair):
-    """One process, two, one: the same data in the same order. BatchNorm has on CPUs the statistics
-    of each process's part, so the weights are not those of two. With two again, and workers, they
-    are, to the bit."""
-    out, flags, _ = pair
-    train(simclr, *flags, "--out", "run", "--steps", "5")
-    assert finish(start(simclr, "--resume", "run", "--steps", "8", world=2)) == [0, 0]
-    assert load("run")["step"] == 8
-    train(simclr, "--resume", "run")
-    losses = [[r["loss"] for r in records(run)[2:5]] for run in (out, "run")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.2) and not equal_weights(out, "run")
-    for begin in ((*flags, "--steps", "5", "--out"), ("--workers", "1", "--resume")):
-        assert finish(start(simclr, *begin, os.path.abspath("two"), world=2)) == [0, 0]
-    assert equal_weights(out, "two")
+def test_resume_with_another_number_of_processes(pair, tmp_path):
+    """One process, two with workers, one: the same data in the same order. BatchNorm has on CPUs
+    the statistics of each process's part, so the weights are not those of two throughout."""
+    (out, flags), new = pair, tmp_path / "run"
+    train(simclr, *flags, "--out", new, "--steps", "5")
+    again = ("--resume", new, "--steps", "8", "--workers", "1")
+    assert finish(start("simclr", None, again, world=2)) == [0, 0] and load(new)["step"] == 8
+    train(simclr, "--resume", new)
+    losses = [[r["loss"] for r in records(folder)[2:5]] for folder in (out, new)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2) and not equal_weights(out, new)
 
-@pytest.mark.parametrize("signum, times", [("SIGINT", (1, 1)), ("SIGTERM", (0, 2))])
-def test_signal_to_processes(signum, times, pair):
-    """To all, or to one alone, twice: both save and stop after the same step."""
-    out, flags, _ = pair
-    processes = start(simclr, *flags, "--out", "run", world=2)
-    wait_for(lambda: len(records("run")) >= 3)
-    for process, number in zip(processes, times):
-        for _ in range(number):
-            os.kill(process.pid, getattr(signal, signum))
-    assert finish(processes) == [128 + getattr(signal, signum)] * 2
-    step = load("run")["step"]
-    assert 4 <= step < 12 and f"stopped after step {step}, saved" in open("printed").read()
-    assert finish(start(simclr, "--resume", "run", world=2)) == [0, 0] and equal_weights(out, "run")
+@pytest.mark.parametrize("signum, world, times", [("SIGINT", 2, 1), ("SIGTERM", 2, 2),
+                                                  ("SIGTERM", 1, 1)])
+def test_signal_to_processes(signum, world, times, pair, image_folder, tmp_path):
+    """To all, to one alone twice, or to one and its workers, as a terminal and a scheduler do: all
+    save and stop after the same step, and the run goes on to the same weights."""
+    (out, flags), new, signum = pair, tmp_path / "run", getattr(signal, signum)
+    if world == 1:
+        out, flags, *_ = finished(simclr, image_folder)
+    flags = (*flags, "--workers", "2" if world == 1 else "0", "--out", new)
+    processes = start("simclr", None, flags, world=world)
+    wait_for(lambda: len(records(new)) >= 3)
+    for process in processes if times == 1 else 2 * processes[1:]:
+        os.killpg(process.pid, signum)
+    assert finish(processes) == [128 + signum] * world
+    step = load(new)["step"]
+    assert 4 <= step < 12 and f"after step {step}, saved" in Path("printed").read_text()
+    assert finish(start("simclr", None, ("--resume", new), world=world)) == [0] * world
+    assert equal_weights(out, new)
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_on_each_machine_downloads(rank, monkeypatch):
     """The others load the data only once it has."""
-    class Met(Exception):
-        pass
     def meets():
-        raise Met
+        raise KeyboardInterrupt
     loads = []
     monkeypatch.setattr(simclr, "LOCAL_RANK", rank)
     monkeypatch.setattr(simclr, "load_data", loads.append)
     monkeypatch.setattr(simclr, "agree", meets)
-    with pytest.raises(Met):
+    with pytest.raises(KeyboardInterrupt):
         train(simclr, "--data", "cifar10", "--device", "cpu")
     assert len(loads) == 1 - rank
 
@@ -233,7 +227,6 @@ def test_world_that_does_not_divide_the_batch(image_folder, capsys, monkeypatch)
         monkeypatch.setattr(SCRIPTS[method], "WORLD", 2)
         line = refused(capsys, SCRIPTS[method], "--data", image_folder, *TINY, "--batch-size", size)
         assert f"--batch-size {size} is for all processes, a multiple of their number, 2" in line
-    assert not os.path.exists("runs")
 
 # ---- torchrun ------------------------------------------------------------------------------------
 
@@ -246,7 +239,7 @@ def torchrun(*command, nproc=2, rendezvous=("--standalone",)):
 def test_two_nodes(pair):
     """Two torchruns that meet at an address, as on two machines with a common disk, train the
     weights of the pair."""
-    out, flags, _ = pair
+    out, flags = pair
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     nodes = [torchrun(*flags, "--out", "run", nproc=1, rendezvous=[
@@ -260,8 +253,7 @@ def test_two_nodes(pair):
 def test_death_and_signal_under_torchrun(image_folder):
     """kill -9 of one process ends all, with a checkpoint; what a scheduler sends to torchrun before
     it takes the machine saves the run; both end with a code that is not zero."""
-    flags = ("--data", image_folder, *TINY, "--epochs", "200")
-    process = torchrun(*flags, "--out", "run")
+    process = torchrun("--data", image_folder, *TINY, "--epochs", "200", "--out", "run")
     wait_for(lambda: len(records("run")) >= 4)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)

@@ -19,10 +19,8 @@ IMAGENET = re.search(r'^    IMAGENET="(.*)"$', README, re.M)[1]
 RECIPES = [command.replace("$IMAGENET", IMAGENET) for command in re.findall(
     r"^\|.*\| `torchrun --nproc-per-node 8 (\w+\.py \$IMAGENET .*)` \|$", README, re.M)]
 
-
 def test_recipes_are_found():
     assert len(RECIPES) == 14 and "$" not in "".join(RECIPES)
-
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(r.split()[-6:]))
 def test_recipe(recipe, image_folder, tmp_path, monkeypatch):
@@ -42,7 +40,6 @@ def test_recipe(recipe, image_folder, tmp_path, monkeypatch):
     assert kept["arch"] == "resnet50" and kept["optimizer"] == "lars"
     assert kept["blur"] == [1.0, 0.1] and kept["epochs"] == 100 and kept["warmup"] == 0.1
 
-
 def commands():
     """Every command of the README that calls a script, in code blocks and in backquotes."""
     for text in re.findall(r"^    (.*)$|`([^`\n]+)`", README, re.M):
@@ -50,7 +47,6 @@ def commands():
         found = re.search(rf"(?:^|\s)(?:python|torchrun.*?) ((?:{'|'.join(METHODS)})\.py.*)", text)
         if found and "$" not in text:
             yield found[1]
-
 
 @pytest.mark.parametrize("command", dict.fromkeys(commands()))
 def test_command_parses(command, tmp_path, monkeypatch):
@@ -66,7 +62,6 @@ def test_command_parses(command, tmp_path, monkeypatch):
     else:
         assert script.parse_args(flags).lr > 0
 
-
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
 def test_files_that_it_names_exist(page):
     links = re.findall(r"\]\(([^):]+)\)", page.read_text())
@@ -76,7 +71,6 @@ def test_files_that_it_names_exist(page):
     for name in re.findall(r"^\| `(\S+\.py)` \|", README, re.M):
         assert Path(ROOT / name).is_file()
 
-
 def test_diff_counts():
     """The numbers of lines that it gives for three diffs, as `diff` prints them."""
     for pair, count in ((("simclr.py", "vicreg.py"), r"prints (\d+) lines: the docstring"),
@@ -84,7 +78,6 @@ def test_diff_counts():
                         (("vicreg.py", "interpolate.py"), r"interpolate.py` (\d+)\.")):
         out = subprocess.run(["diff", *pair], cwd=ROOT, capture_output=True, text=True).stdout
         assert len(out.splitlines()) == int(re.search(count, README)[1])
-
 
 def test_tables_are_their_logs():
     """Each table is what its logs give, and every log that is kept stands in one; so are the last
@@ -105,7 +98,6 @@ def test_tables_are_their_logs():
     assert f"take {float(ours):.0f} ms" in README.replace("\n", " ")
     assert f"takes {float(theirs) / 1000:.1f} s" in README.replace("\n", " ")
 
-
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_logs_are_of_their_commands(name):
     """Every command of a table parses, and the log that it left holds its arguments."""
@@ -120,7 +112,6 @@ def test_logs_are_of_their_commands(name):
                 assert records[-2]["epoch"] == args.epochs
                 assert {k: v for k, v in kept.items() if k not in free} == {
                     k: v for k, v in vars(args).items() if k not in free}, log
-
 
 def test_tables_are_trained_and_written(image_folder, tmp_path, monkeypatch, capfd):
     """Two seeds of a row, one of them stopped before and gone on with, and one that fails."""
