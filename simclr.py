@@ -215,8 +215,8 @@ def augment(images, draws, view, args, dtype=torch.float32):
     return x.to(dtype, memory_format=torch.channels_last)
 
 def random_crop(x, draws, low, high):
-    """RandomResizedCrop of x (N, 3, S, S) to S. Bilinear, antialiased resizing is separable: two
-    products with weights (S, S), triangles an output pixel wide, at least an input pixel."""
+    """RandomResizedCrop of x (N, 3, S, S) to S. Bilinear resizing is separable: two products with
+    weights (S, S), triangles a pixel wide, as no crop is larger than S, cut off at its edges."""
     size, pixel = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
     area, ratio, (down, right) = draws.split([10, 10, 2])  # ten tries
     area = size**2 * (low + (high - low) * area)
@@ -228,8 +228,8 @@ def random_crop(x, draws, low, high):
     def weights(length, draw):
         start = (draw * (size - length + 1)).floor()
         centre = start + (pixel[:, None] + 0.5) * length / size
-        distance = (pixel + 0.5 - centre).abs() / (length / size).clamp(min=1)
-        triangle = (1 - distance).clamp(min=0) * ((pixel >= start) & (pixel < start + length))
+        triangle = (1 - (pixel + 0.5 - centre).abs()).clamp(min=0)
+        triangle = triangle * ((pixel >= start) & (pixel < start + length))
         return triangle / triangle.sum(3, keepdim=True)
     return weights(height, down) @ x @ weights(width, right).mT
 
@@ -375,7 +375,7 @@ def build_optimizer(model, args):
     """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD's
     largest stable rate falls with the width of an expander: beyond 1024 it gets less."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
-    widths = [m.num_features for m in model.head.modules() if isinstance(m, nn.BatchNorm1d) and sgd]
+    widths = [m.num_features for m in model.head.modules() if hasattr(m, "num_features") and sgd]
     rates = (model.backbone, lr), (model.head, lr * 1024 / max([1024, *widths])), (model.probe, 0.1)
     groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate,
                "peak_lr": rate, "eta": 0.001, "decay": args.weight_decay,

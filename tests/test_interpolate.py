@@ -135,7 +135,7 @@ def test_blend_reports_both_losses():
     assert list(parts) == ["sim", "std", "cov", "vicreg", "dcl"]
     torch.testing.assert_close(loss, 0.7 * parts["vicreg"] + 0.3 * parts["dcl"])
 
-@pytest.mark.parametrize("method", ["byol", "byol-sq", "simclr-foo", "dcl-exp"])
+@pytest.mark.parametrize("method", ["byol", "byol-sq", "vicreg-foo", "simclr-foo", "dcl-exp"])
 def test_a_name_without_a_loss_is_an_error(method):
     with pytest.raises(KeyError):
         interpolate.method_loss(method, *embeddings(8, 12), arguments("--method vicreg"))
