@@ -720,7 +720,7 @@ def parse_args(argv=None):
             f"--batch-size {args.batch_size} is for all processes, a multiple of their number, "
             f"{WORLD}, and two each": args.batch_size % WORLD == 0 and args.batch_size >= 2 * WORLD,
             f"--out {args.out} holds a run; choose another, or --resume {args.out} to go on":
-                args.resume or not Path(f"{args.out}/log.jsonl").exists()}.items():
+                args.resume or not args.out or not Path(args.out, "log.jsonl").exists()}.items():
         holds or fail(rule)
     return args
 
@@ -764,8 +764,8 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
         network = nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True)
     plans = [plan(len(labels), args, span, labels.device) for _ in (0, 1)]
-    before, caught, stop = state["seconds"], [0], 0
-    start = saved = time.time()
+    start, before, caught = time.time(), state["seconds"], [0]
+    saved = start
     with contextlib.ExitStack() as stack:
         for signum in (signal.SIGINT, signal.SIGTERM):  # save, and leave when asked
             handler = signal.signal(signum, lambda signum, frame: caught.append(signum))
@@ -807,7 +807,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
                 saved = time.time()
             if stop:
                 break
-        return agree(stop)  # a process that ends before the first has saved would end that too
+        return agree(caught[-1])  # one that ends before the first has saved would end that too
 
 def main(argv=None):
     """Train and evaluate; the final metrics, accuracies in percent, as in the log's last line."""
@@ -838,7 +838,7 @@ def main(argv=None):
             checkpoint["data"] == state["data"] or fail(f"{args.data} is not the run's data")
             for name in [name for name in live if checkpoint[name]]:  # no scaler without fp16
                 live[name].load_state_dict(checkpoint[name])
-            state = {name: checkpoint[name] for name in state}
+            state = {name: type(old)(checkpoint[name]) for name, old in state.items()}
         except Exception as error:  # whatever an edited file can bring about
             fail(f"--resume {args.resume}: last.pt does not fit: {error}")
     folder, log = (None, None) if RANK else open_run(args, state["log_bytes"])

@@ -111,8 +111,8 @@ def table(name, folder):
 def write(text, folder):
     """A page's text with each table after its marker brought up to its logs."""
     return re.sub(
-        r"(<!-- table: (\S+) -->\n\n)(?:(?:\||Not trained).*\n)*",
-        lambda found: f"{found[1]}{table(found[2], folder)}\n", text)
+        r"(<!-- table: (\S+) -->\n\n)((?:(?:\||Not trained).*\n)*)",
+        lambda old: f"{old[1]}{table(old[2], folder)}\n" + "\n" * (not old[3]), text)
 
 def train(names, jobs, minutes):
     """Train the tables' runs that have no log, `jobs` at a time; how many failed."""

@@ -35,8 +35,7 @@ def child(work, output, rank, world, port, *args):
     work(*args)
 
 def run(method, prepare, flags):
-    if prepare:
-        prepare(SCRIPTS[method])
+    prepare and prepare(SCRIPTS[method])
     train(SCRIPTS[method], *flags)
 
 def start(*args, work=run, world=1):
@@ -57,8 +56,6 @@ def finish(processes):
         process.join()
     return [process.exitcode for process in processes]
 
-# ---- one process ---------------------------------------------------------------------------------
-
 def save_always(script):
     script.SAVE_EVERY = 0.0
 
@@ -70,8 +67,7 @@ def test_kill_9_and_resume(image_folder, tmp_path):
         process, = start("directclr", save_always, (*begin, new))
         wait_for(lambda: load(new)["step"] >= step)
         process.kill()
-        assert finish([process]) == [-signal.SIGKILL]
-        assert step <= load(new)["step"] < 12, "the run ended before the signal came"
+        assert finish([process]) == [-signal.SIGKILL] and step <= load(new)["step"] < 12
     train(script, "--resume", new)
     assert equal_weights(out, new) and without_times(out) == without_times(new)
 
@@ -88,12 +84,8 @@ def test_full_disk(image_folder, tmp_path):
     assert finish(start("simclr", small, ("--resume", new))) == [2]
     line = Path("printed").read_text().splitlines()[-1]
     assert line.startswith(f"simclr.py: error: cannot write {new / 'last.pt'}: ")
-    assert "what was saved before is still there" in line
     assert (new / "last.pt").read_bytes() == before and not list(new.glob("*.tmp"))
-    train(simclr, "--resume", new)
-    assert load(new)["step"] == 12
-
-# ---- gradients -----------------------------------------------------------------------------------
+    assert train(simclr, "--resume", new)["step"] == 12
 
 LOSSES = [
     ("simclr", "--temperature 0.2"), ("simclr", "--head expander"), ("vicreg", ""),
@@ -145,43 +137,40 @@ def test_two_processes_have_the_gradient_of_one(case, steps):
     (loss, whole), (first, one), (second, other) = (found[case] for found in steps)
     assert first == second == {name: pytest.approx(v, 1e-10, 1e-12) for name, v in loss.items()}
     total = torch.stack([g.norm() for g in whole.values()]).norm()
-    for name, expected in whole.items():
-        assert torch.equal(one[name], other[name])
-        size = expected.norm().clamp(min=1e-6 * total)  # some are 0
-        assert (one[name] - expected).norm() / size < 1e-6, name
+    for name, expected in whole.items():  # some are 0
+        assert one[name].equal(other[name])
+        assert (one[name] - expected).norm() < 1e-6 * max(expected.norm(), 1e-6 * total), name
     assert whole["backbone.1.weight"].norm() > 0 and whole["probe.1.weight"].norm() > 0
-
-# ---- several processes ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def pair(image_folder, tmp_path_factory):
     """A run of two processes, uninterrupted: folder, flags. 61 images and 19 to test on."""
-    out, flags = tmp_path_factory.mktemp("pair") / "run", ("--data", str(image_folder), *TINY,
-                                                           "--holdout", "19")
+    out = tmp_path_factory.mktemp("pair") / "run"
+    flags = ("--data", str(image_folder), *TINY, "--holdout", "19")
     assert finish(start("simclr", None, (*flags, "--out", out), world=2)) == [0, 0]
     return out, flags
 
 def test_run_of_two_processes(pair, tmp_path):
-    """One log, one console, one checkpoint. Odd numbers of images, each counted once, and the first
-    process's network in both: accuracies are those of one process."""
+    """One log, one console, one checkpoint; of odd numbers of images, each counted once, and with
+    the first process's network in both, the accuracies of one process."""
     out, flags = pair
     assert finish(start("simclr", None, (*flags, "--out", tmp_path / "run"), world=2)) == [0, 0]
     assert equal_weights(out, "run") and {p.name for p in out.iterdir()} == {
         "log.jsonl", "last.pt", "backbone.pt", "embeddings.pt", "neighbours.png"}
     log, args = records(out), simclr.parse_args(["--resume", str(out)])
     assert log[0]["processes"] == 2 and [r.get("epoch") for r in log] == [None, 0, 1, 2, 3, None]
-    lines = Path("printed").read_text().splitlines()
-    assert [line.split()[0] for line in lines] == ["method", *["epoch"] * 4, "final"]
+    words = [line.split()[0] for line in open("printed")]
+    assert words == ["method", *["epoch"] * 4, "final"]
     model, data = simclr.Model(args, 16, 10), simclr.load_data(args)
-    for part in ("backbone", "head", "probe"):
-        getattr(model, part).load_state_dict(load(out)[part])
+    for name, part in model.named_children():
+        part.load_state_dict(load(out)[name])
     metrics = simclr.evaluate(model, data, args)
-    assert len(data[2]) == 61 and len(data[4]) == 19
+    assert (len(data[2]), len(data[4])) == (61, 19)
     assert metrics == {k: pytest.approx(log[-1][k], abs=0.011) for k in metrics}
 
 def test_resume_with_another_number_of_processes(pair, tmp_path):
-    """One process, two with workers, one: the same data in the same order. BatchNorm has on CPUs
-    the statistics of each process's part, so the weights are not those of two throughout."""
+    """One, two with workers, one: the same data in the same order. BatchNorm has on CPUs the
+    statistics of each process's part, so the weights are not those of two throughout."""
     (out, flags), new = pair, tmp_path / "run"
     train(simclr, *flags, "--out", new, "--steps", "5")
     again = ("--resume", new, "--steps", "8", "--workers", "1")
@@ -193,8 +182,8 @@ def test_resume_with_another_number_of_processes(pair, tmp_path):
 @pytest.mark.parametrize("signum, world, times", [("SIGINT", 2, 1), ("SIGTERM", 2, 2),
                                                   ("SIGTERM", 1, 1)])
 def test_signal_to_processes(signum, world, times, pair, image_folder, tmp_path):
-    """To all, to one alone twice, or to one and its workers, as a terminal and a scheduler do: all
-    save and stop after the same step, and the run goes on to the same weights."""
+    """To all, to one alone twice, or to one and its workers: all save and stop after the same step,
+    and the run goes on to the same weights."""
     (out, flags), new, signum = pair, tmp_path / "run", getattr(signal, signum)
     if world == 1:
         out, flags, *_ = finished(simclr, image_folder)
@@ -210,25 +199,19 @@ def test_signal_to_processes(signum, world, times, pair, image_folder, tmp_path)
     assert equal_weights(out, new)
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_process_on_each_machine_downloads(rank, monkeypatch):
+def test_one_process_on_each_machine_downloads(rank, monkeypatch, capsys):
     """The others load the data only once it has."""
-    def meets():
-        raise KeyboardInterrupt
     loads = []
     monkeypatch.setattr(simclr, "LOCAL_RANK", rank)
     monkeypatch.setattr(simclr, "load_data", loads.append)
-    monkeypatch.setattr(simclr, "agree", meets)
-    with pytest.raises(KeyboardInterrupt):
-        train(simclr, "--data", "cifar10", "--device", "cpu")
-    assert len(loads) == 1 - rank
+    monkeypatch.setattr(simclr, "agree", lambda: simclr.fail("met"))
+    assert refused(capsys, simclr, "--device", "cpu").endswith(" met\n") and len(loads) == 1 - rank
 
 def test_world_that_does_not_divide_the_batch(image_folder, capsys, monkeypatch):
     for method, size in zip(METHODS, ("21", "2", "3", "25")):
         monkeypatch.setattr(SCRIPTS[method], "WORLD", 2)
         line = refused(capsys, SCRIPTS[method], "--data", image_folder, *TINY, "--batch-size", size)
         assert f"--batch-size {size} is for all processes, a multiple of their number, 2" in line
-
-# ---- torchrun ------------------------------------------------------------------------------------
 
 def torchrun(*command, nproc=2, rendezvous=("--standalone",)):
     launch = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", nproc,
@@ -237,8 +220,7 @@ def torchrun(*command, nproc=2, rendezvous=("--standalone",)):
                             stderr=subprocess.PIPE)
 
 def test_two_nodes(pair):
-    """Two torchruns that meet at an address, as on two machines with a common disk, train the
-    weights of the pair."""
+    """Two torchruns that meet at an address, as on two machines, train the pair's weights."""
     out, flags = pair
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -246,9 +228,8 @@ def test_two_nodes(pair):
         "--nnodes", "2", "--rdzv-id", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", address])
         for _ in range(2)]
     outputs = [node.communicate(timeout=200) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sorted("final True" in output for output, _ in outputs) == [False, True]
-    assert "Traceback" not in str(outputs) and equal_weights(out, "run")
+    assert [node.returncode for node in nodes] == [0, 0] and "Traceback" not in str(outputs)
+    assert str(outputs).count("final True") == 1 and equal_weights(out, "run")
 
 def test_death_and_signal_under_torchrun(image_folder):
     """kill -9 of one process ends all, with a checkpoint; what a scheduler sends to torchrun before

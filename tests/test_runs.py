@@ -25,27 +25,26 @@ SCRIPTS = {method: importlib.import_module(method) for method in METHODS}
 TINY = ("--arch", "convnet", "--batch-size", "20", "--dim", "32", "--epochs", "3", "--lr", "0.02",
         "--device", "cpu", "--workers", "0")
 CPU, RUNS = torch.device("cpu"), {}
+INT, TERM = signal.SIGINT, signal.SIGTERM
 
 def load(run):
-    return torch.load(Path(run, "last.pt"), weights_only=True)
+    return torch.load(Path(run, "last.pt"), map_location="cpu", weights_only=True)
 
 def records(run):
     return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
 
 def without_times(run):
-    """A log but for its header and what a clock put there."""
     times = ("seconds", "images_per_second", "left")
     return [{k: v for k, v in r.items() if k not in times} for r in records(run)[1:]]
 
 def train(script, *flags):
-    """main() in this process; what it returns."""
     return script.main([str(flag) for flag in flags])
 
 def equal_weights(a, b):
     a, b = load(a), load(b)
     tensors = [(name, key) for name in ("backbone", "head", "probe") for key in a[name]]
     assert len(tensors) > 20 and a["step"] == b["step"]
-    return all(torch.equal(a[name][key], b[name][key]) for name, key in tensors)
+    return all(a[name][key].equal(b[name][key]) for name, key in tensors)
 
 def wait_for(condition):
     deadline = time.time() + 120
@@ -84,7 +83,7 @@ def test_run_to_the_last_line(method, image_folder):
     assert {p.name for p in out.iterdir()} == {
         "log.jsonl", "last.pt", "backbone.pt", "embeddings.pt", "neighbours.png"}
     header, untrained, *epochs, final = records(out)
-    assert header["method"] == script.METHOD and header["args"]["epochs"] == 3
+    assert header["method"] == method and header["args"]["epochs"] == 3
     assert {"argv", "torch", "commit", "parameters", "threads"} <= set(header)
     assert (header["images"], header["test_images"], header["pixels"]) == (80, 40, 16)
     assert header["learning_rate"] == pytest.approx(0.02 * 20 / 256)
@@ -102,23 +101,20 @@ def test_run_to_the_last_line(method, image_folder):
     for part in ("backbone", "head", "probe"):
         getattr(model, part).load_state_dict(checkpoint[part], strict=True)
     assert script.evaluate(model, data, args) == {name: final[name] for name in names}
-    backbone, saved = (torch.load(out / f, weights_only=True)
-                       for f in ("backbone.pt", "embeddings.pt"))
+    backbone = torch.load(out / "backbone.pt", weights_only=True)
     assert backbone.keys() == checkpoint["backbone"].keys()
-    assert all(torch.equal(backbone[k], v) for k, v in checkpoint["backbone"].items())
+    assert all(v.equal(checkpoint["backbone"][k]) for k, v in backbone.items())
+    saved = torch.load(out / "embeddings.pt", weights_only=True)
     h = model.eval().backbone(next(script.fetch(data[3], [(None, torch.arange(40))], CPU)) / 255)
     for name, expected in (("h", h), ("z", model.head(h)), ("labels", data[4])):
         torch.testing.assert_close(saved[name], expected, rtol=1e-3, atol=1e-4)
 
-@pytest.mark.parametrize("method", ["simclr", "directclr"])
-def test_identical_runs_give_identical_weights(method, image_folder):
-    out, flags, *_ = finished(SCRIPTS[method], image_folder)
-    train(SCRIPTS[method], *flags, "--out", "again")
+def test_identical_runs_give_identical_weights(image_folder):
+    out, flags, *_ = finished(SCRIPTS["directclr"], image_folder)
+    train(SCRIPTS["directclr"], *flags, "--out", "again")
     assert equal_weights(out, "again") and without_times(out) == without_times("again")
-    train(SCRIPTS[method], *flags, "--out", "other", "--seed", "1")
+    train(SCRIPTS["directclr"], *flags, "--out", "other", "--seed", "1")
     assert not equal_weights(out, "other")
-
-INT, TERM = signal.SIGINT, signal.SIGTERM
 
 @pytest.mark.parametrize("method, name, call, what, every, kept", [
     ("simclr", "train_step", 1, "crash", 0, 0), ("vicreg", "train_step", 5, "crash", 0, 4),
@@ -157,9 +153,8 @@ def test_stop_and_go_on(method, name, call, what, every, kept, image_folder, mon
 def test_stop_a_command(image_folder):
     """As a user does: SIGINT to the program."""
     out, flags, *_ = finished(SCRIPTS["vicreg"], image_folder)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "vicreg.py", *flags, "--out", Path("run").resolve()], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, ROOT / "vicreg.py", *flags, "--out", "run"],
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: len(records("run")) >= 3)
     process.send_signal(INT)
     output, errors = process.communicate(timeout=60)
@@ -169,32 +164,30 @@ def test_stop_a_command(image_folder):
     assert equal_weights(out, "run")
 
 def test_dry_run_and_finished_run_go_on(image_folder):
-    """--steps is not kept: the resumed run has the whole length. Once more there is nothing to
-    train; folder, images, workers may have changed, and the log may be gone."""
+    """--steps is not kept: the resumed run has the whole length, whatever the number of workers.
+    Once more there is nothing to train; folder and images may have moved, the log may be gone."""
     script = SCRIPTS["interpolate"]
     out, flags, metrics, _ = finished(script, image_folder)
-    train(script, *flags, "--out", "run", "--steps", "5")
+    train(script, *flags, "--out", "run", "--steps", "5", "--workers", "2")
     assert load("run")["step"] == 5 and records("run")[-1]["final"]
-    train(script, "--resume", "run")
+    train(script, "--resume", "run", "--workers", "1")
     assert equal_weights(out, "run") and without_times(out) == without_times("run")
     shutil.copytree(image_folder, "images")
     shutil.move("run", "moved")
     Path("moved/log.jsonl").unlink()
-    again = train(script, "--resume", "moved", "--data", "images", "--workers", "1")
+    again = train(script, "--resume", "moved", "--data", "images")
     assert again["knn"] == metrics["knn"] and equal_weights(out, "moved")
     assert records("moved") == [{"final": True, **again}]
-
-# ---- flags ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method, flags", [
     ("simclr", "--optimizer lars --warmup .5 --blur 1 .1 --solarize 0 .2"),
     ("vicreg", "--precision bf16 --warmup 0 --optimizer lars"),
     ("directclr", "--arch resnet18 --image-size 8"), ("interpolate", "--holdout 20")])
 def test_flags_reach_the_end(method, flags, image_folder):
-    metrics = train(SCRIPTS[method], "--data", image_folder, *TINY, "--epochs", "1",
-                    *flags.split(), "--out", "run")
-    header, _, epoch, _ = records("run")
-    assert 0 <= metrics["linear"] <= 100 and 0 < epoch["loss"] < 100 and load("run")["step"] > 2
+    train(SCRIPTS[method], "--data", image_folder, *TINY, *flags.split(), "--epochs", "1", "--out",
+          "run")
+    header, _, epoch, final = records("run")
+    assert 0 <= final["linear"] <= 100 and 0 < epoch["loss"] < 100 and load("run")["step"] > 2
     images = (60, 20) if "--holdout" in flags else (80, 40)
     assert (header["images"], header["test_images"]) == images
     assert header["precision"] == ("torch.bfloat16" if "bf16" in flags else "torch.float32")
@@ -203,13 +196,13 @@ def test_flags_reach_the_end(method, flags, image_folder):
 def test_backbone_is_torchvisions(arch):
     """Its names and shapes, strictly; up to 64 pixels with the CIFAR stem."""
     for size in (64, 65):
+        backbone, features = SCRIPTS["vicreg"].build_backbone(arch, size)
         model = getattr(torchvision.models, arch)()
-        features, model.fc = model.fc.in_features, torch.nn.Identity()
-        backbone, found = SCRIPTS["vicreg"].build_backbone(arch, size)
+        model.fc, linear = torch.nn.Identity(), model.fc
         if size == 64:
             model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.load_state_dict(backbone.state_dict(), strict=True)
-        assert found == features and hasattr(backbone.maxpool, "stride") == (size == 65)
+        assert features == linear.in_features and hasattr(backbone.maxpool, "stride") == (size > 64)
 
 @pytest.mark.parametrize("method, flag, names", [
     ("directclr", "head", ("slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank",
@@ -228,8 +221,8 @@ def test_all_heads_and_methods_train(method, flag, names, image_folder):
 def test_interpolate_trains_what_vicreg_and_simclr_train(image_folder):
     """The path's first step is vicreg.py's run, weight for weight, a blend with alpha 0 too; alpha
     1 is the other method's. With simclr.py's head and temperature the step simclr is its run."""
-    runs = {"vicreg": "", "simclr": "", "first": "", "zero": "--blend dcl --alpha 0", "dcl":
-            "--method dcl", "one": "--blend dcl --alpha 1",
+    runs = {"vicreg": "", "simclr": "", "first": "", "zero": "--blend dcl --alpha 0",
+            "one": "--blend dcl --alpha 1", "dcl": "--method dcl",
             "last": "--method simclr --head mlp --temperature 0.5"}
     for name, choice in runs.items():
         train(SCRIPTS.get(name, SCRIPTS["interpolate"]), "--data", image_folder, *TINY, "--epochs",
@@ -242,7 +235,7 @@ def test_interpolate_trains_what_vicreg_and_simclr_train(image_folder):
     ("lars", "vicreg", 0.15), ("sgd", "simclr", 0.15), ("sgd", "interpolate", 0.075)])
 def test_optimizers(optimizer, method, head_rate):
     """Three steps in float64 against the formulas, written as a loop: LARS scales and decays what
-    has two dimensions; SGD gives a wide expander a smaller rate; the probe has its own, no decay."""
+    has two dimensions; SGD gives a wide expander a lower rate; the probe has its own, no decay."""
     script, lars = SCRIPTS[method], optimizer == "lars"
     args = script.parse_args(f"--arch convnet --dim 8 --hidden 2048 --optimizer {optimizer} --lr .3"
                              " --batch-size 128 --weight-decay 0.01".split())
@@ -268,9 +261,7 @@ def test_optimizers(optimizer, method, head_rate):
 def test_compile(image_folder, monkeypatch):
     """Three graphs, of two views and one network, whatever comes between; the same names are saved;
     the loss changes by rounding only. The operations are inductor's, without its C++."""
-    from torch._dynamo.utils import counters
-
-    script, compiler = SCRIPTS["vicreg"], torch.compile
+    script, compiler, counters = SCRIPTS["vicreg"], torch.compile, torch._dynamo.utils.counters
     flags = ("--data", image_folder, *TINY, "--batch-size", "80", "--out")  # an epoch has one step
     train(script, *flags, "plain")
     for run, backend in (((*flags, "graphs", "--compile", "--steps", "2"),
@@ -284,8 +275,6 @@ def test_compile(image_folder, monkeypatch):
         assert list(load("plain")[part]) == list(load("graphs")[part])
     one, two = ([r["loss"] for r in records(run)[2:4]] for run in ("plain", "graphs"))
     assert one != two and one == pytest.approx(two, rel=1e-5)
-
-# ---- training that goes wrong --------------------------------------------------------------------
 
 @pytest.mark.parametrize("method, what, every, step, kept", [
     ("simclr", "loss", 0, 7, 6), ("vicreg", "weights", 0, 7, 6), ("interpolate", "loss", 60, 8, 0),
@@ -344,7 +333,7 @@ BAD_FLAGS = {
     "--blur .1 .2 .3": "unrecognized", "--seed -1": "at least 0", "--steps -1": "at least 0",
     "--image-size 7": ">= 8", "--no-such-flag": "unrecognized", "--arch vgg": "invalid choice",
     "--optimizer adam": "invalid choice", "--device warp": "cannot be used here",
-    "--device meta": "cannot be used here", "--device=": "cannot be used here",
+    "--device cuda:99": "cannot be used here", "--device=": "cannot be used here",
     "--data nowhere": "no such data set", "--resume nowhere": "last.pt is missing",
     "--resume=": "last.pt is missing", "--holdout 80": "leaves nothing",
     "--batch-size 81": "more than the 80 images", "simclr --head moco": "invalid choice",
@@ -363,7 +352,7 @@ def test_bad_flags(i, flags, capsys, image_folder):
 
 def test_run_folders(image_folder, capsys, monkeypatch):
     """One that holds a run is not written to, one that cannot be made is an OSError, and one of a
-    run that never saved may be used again; none is not one that is called None."""
+    run that never saved keeps its log; none is not one that is called None."""
     script = SCRIPTS["vicreg"]
     out, flags, *_ = finished(script, image_folder)
     before = (out / "last.pt").read_bytes()
@@ -374,14 +363,14 @@ def test_run_folders(image_folder, capsys, monkeypatch):
     for out in ((), ("--out", "runs/mine")):
         with pytest.raises(OSError, match="runs"):
             train(script, *flags, *out)
-    Path("runs").unlink()
+    os.unlink("runs")
     with monkeypatch.context() as patch, pytest.raises(TypeError):
         patch.setattr(script, "evaluate", None)
         train(script, *flags, "--out", "None")
     assert len(records("None")) == 1
-    for out in ((), ("--out", "None")):
-        assert train(script, *flags, *out, "--steps", "1")["step"] == 1
-    assert len(records("None")) == 3 and Path("runs").exists()
+    assert "holds a run" in refused(capsys, script, *flags, "--out", "None")
+    train(script, *flags, "--steps", "1")
+    assert len(records("None")) == 1 and Path("runs").exists()
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_refused(method, image_folder, capsys):
@@ -406,10 +395,7 @@ def test_damaged_and_hostile_checkpoints(image_folder, capsys):
                                                for args in (Hostile(), 5))]
     for value in (*(whole[:size] for size in (0, 1, 4, len(whole) - 1, *sizes)),
                   *map(pickle.dumps, contents), *contents):
-        if isinstance(value, bytes):
-            file.write_bytes(value)
-        else:
-            torch.save(value, file)
+        file.write_bytes(value) if isinstance(value, bytes) else torch.save(value, file)
         assert "last.pt is missing, damaged" in refused(capsys, script, "--resume", ".")
     assert not Path("code-ran").exists()
     pickle.loads(pickle.dumps(Hostile()))
