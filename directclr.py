@@ -44,8 +44,7 @@ def add_method_args(add):
     """Add the flags in which the methods differ."""
     add("--dim", type=int, default=128, help="d0, D; all features for none, diagonal, orthogonal")
     add("--head", default="slice", choices=(
-        "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"),
-        help="the first d0 features, all, one or two trained layers, ...: rows of the paper")
+        "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"))
     add("--temperature", type=float, default=0.1, help="t, divides the cosine similarities")
     add("--lr", type=float, default=0.06, help="learning rate, times --batch-size / 256")
 
@@ -581,8 +580,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
         network = nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True)
     plans = [plan(len(labels), args, span, labels.device) for _ in (0, 1)]
-    start, before, caught = time.time(), state["seconds"], [0]
-    saved = start
+    start, saved, before, caught = time.time(), time.time(), state["seconds"], [0]
     with contextlib.ExitStack() as stack:
         for signum in (signal.SIGINT, signal.SIGTERM):  # save, and leave when asked
             handler = signal.signal(signum, lambda signum, frame: caught.append(signum))
@@ -696,3 +694,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # an unreadable image, a full disk; of a worker's traceback the end
         fail(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
+    finally:  # Python would wait for workers, which ignore SIGTERM, for ever
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()

@@ -577,8 +577,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
         network = nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True)
     plans = [plan(len(labels), args, span, labels.device) for _ in (0, 1)]
-    start, before, caught = time.time(), state["seconds"], [0]
-    saved = start
+    start, saved, before, caught = time.time(), time.time(), state["seconds"], [0]
     with contextlib.ExitStack() as stack:
         for signum in (signal.SIGINT, signal.SIGTERM):  # save, and leave when asked
             handler = signal.signal(signum, lambda signum, frame: caught.append(signum))
@@ -692,3 +691,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # an unreadable image, a full disk; of a worker's traceback the end
         fail(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
+    finally:  # Python would wait for workers, which ignore SIGTERM, for ever
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
