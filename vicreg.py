@@ -574,8 +574,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
         view = torch.compile(augment)
         WORLD > 1 or model.compile()  # SyncBatchNorm would break it to pieces
     if WORLD > 1:
-        network = nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     plans = [plan(len(labels), args, span, labels.device) for _ in (0, 1)]
     start, saved, before, caught = time.time(), time.time(), state["seconds"], [0]
     with contextlib.ExitStack() as stack:
