@@ -65,12 +65,12 @@ def test_a_step_does_not_wait_for_the_gpu(method, optimizer, request):
 @CPU_AND_GPU
 @pytest.mark.parametrize("arch", ["convnet", "resnet18", "resnet50"])
 def test_channels_last_reaches_every_layer(arch, device):
-    """Weights, activations and gradients of every convolution keep the format."""
+    """Inputs, outputs, weights and gradients of every convolution have the format."""
     step, model = make_step(device, "--arch", arch, "--precision", "bf16", n=4)
     outputs = []
     for module in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
-        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    assert step()["loss"].isfinite() and len(outputs) >= 10
+        module.register_forward_hook(lambda module, x, output: outputs.extend((*x, output)))
+    assert step()["loss"].isfinite() and len(outputs) >= 20
     weights = [p for p in model.parameters() if p.ndim == 4]
     assert all(x.is_contiguous(memory_format=torch.channels_last)
                for x in (*outputs, *weights, *(w.grad for w in weights)))

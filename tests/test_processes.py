@@ -38,12 +38,12 @@ def run(method, prepare, flags):
     prepare and prepare(SCRIPTS[method])
     train(SCRIPTS[method], *flags)
 
-def start(*args, work=run, world=1):
-    """Processes that do work(*args), in this folder, and print into the file printed."""
+def start(*args, work=run, world=1, at="."):
+    """Processes that do work(*args), and print into the file printed of a folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    processes = [FORK.Process(target=child, args=(work, os.path.abspath("printed"), rank, world,
-                                                  port, *args)) for rank in range(world)]
+    processes = [FORK.Process(target=child, args=(work, os.path.abspath(f"{at}/printed"), rank,
+                                                  world, port, *args)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -127,7 +127,7 @@ def steps(tmp_path_factory):
     """[(parts, gradients) of every loss] of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("gradients")
     for world in (1, 2):
-        assert finish(start(folder, work=gradients, world=world)) == [0] * world
+        assert finish(start(folder, work=gradients, world=world, at=folder)) == [0] * world
     return [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]
 
 @pytest.mark.parametrize("case", range(len(LOSSES)), ids=[" ".join(case) for case in LOSSES])
@@ -146,8 +146,8 @@ def test_two_processes_have_the_gradient_of_one(case, steps):
 def pair(image_folder, tmp_path_factory):
     """A run of two processes, uninterrupted: folder, flags. 61 images and 19 to test on."""
     out = tmp_path_factory.mktemp("pair") / "run"
-    flags = ("--data", str(image_folder), *TINY, "--holdout", "19")
-    assert finish(start("simclr", None, (*flags, "--out", out), world=2)) == [0, 0]
+    flags = ("--data", image_folder, *TINY, "--holdout", "19")
+    assert finish(start("simclr", None, (*flags, "--out", out), world=2, at=out.parent)) == [0, 0]
     return out, flags
 
 def test_run_of_two_processes(pair, tmp_path):
