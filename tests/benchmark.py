@@ -88,7 +88,7 @@ class Steps:
     def __init__(self, command, batch_size, device, args):
         torch._dynamo.reset()  # compiled for these shapes, as in training
         name, *flags = command.split()
-        script = self.script = importlib.import_module(name)
+        script = self.script = importlib.import_module(name.removesuffix(".py"))
         run = self.run = script.parse_args([
             "--arch", args.arch, "--batch-size", str(batch_size), "--device", str(device),
             "--precision", args.precision, *flags])
@@ -132,11 +132,12 @@ def part_a(device, args):
     table("script", "batch", "ms a step", "ms bare passes", "step / bare", "augmentation / step",
           "s an epoch", "MiB a step allocates")
     for batch in args.batch_size:
-        for command in ("simclr", "vicreg --dim 2048", "directclr", "interpolate --dim 2048"):
+        for command in ("simclr.py", "vicreg.py --dim 2048", "directclr.py",
+                        "interpolate.py --dim 2048"):
             steps = Steps(command, batch, device, args)
             full, bare, augment = time_in_turn(
                 device, [steps.step, steps.bare, steps.augment], args.rounds)
-            row(f"`{command.replace(' ', '.py ', 1)}`", batch, f"{1000 * full:.1f}",
+            row(f"`{command}`", batch, f"{1000 * full:.1f}",
                 f"{1000 * bare:.1f}", f"{full / bare:.2f}", f"{augment / full:.2f}",
                 f"{50_000 / batch * full:.1f}", mebibytes(peak_memory(device, steps.step)))
 
@@ -163,7 +164,7 @@ def part_b(device, args):
           f"{cores} workers.")
     table("px", "images/s, ours", "images/s, torchvision", "ratio")
     for size in (32, 96):
-        steps = Steps("simclr", batch, device, args)
+        steps = Steps("simclr.py", batch, device, args)
         steps.images = simclr.draw_shapes(batch, 1, size)[0].to(device)
         mine = batch / time_in_turn(device, [steps.augment], args.rounds)[0]
         images = steps.images.cpu().repeat(32 * 24 * cores // batch + 1, 1, 1, 1)
@@ -289,7 +290,7 @@ def main():
     gpu = device.type == "cuda"
     args.arch = args.arch or ("resnet18" if gpu else "convnet")
     args.batch_size = args.batch_size or ([512, 1024] if gpu else [256])
-    args.rounds = 50 if gpu else 5
+    args.rounds = 50 if gpu else 15
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
     print(f"{where}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, torchvision {torchvision.__version__}\n{args.arch}, 32 px, "

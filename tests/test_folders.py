@@ -42,7 +42,8 @@ def test_crops_are_torchvisions(workers):
             torch.manual_seed(simclr.derive_seed(7, 3, epoch, i))
             for view in pair:
                 box = RandomResizedCrop.get_params(images[i], [0.1, 0.9], [3 / 4, 4 / 3])
-                assert torch.equal(view, pil_to_tensor(resized_crop(images[i], *box, [24, 24])))
+                pillows = pil_to_tensor(resized_crop(images[i], *box, [24, 24]))
+                assert (view.int() - pillows.int()).abs().max() <= 1
 
 def test_squares(tmp_path):
     """Central, whole up to 64 pixels, above the middle 7/8, of the median of the shorter sides, 8
