@@ -107,7 +107,9 @@ class ListMethods(argparse.Action):
         parser.exit()
 
 def build_head(num_features, args):
-    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare."""
+    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare. The largest
+    stable rate of SGD falls with its width and, where the loss is a mean over dimensions, with few
+    of them."""
     methods = {args.method, args.blend or args.method}
     args.alpha <= 1 or fail("--alpha is at most 1")
     args.dim > 1 or not methods & {"vicreg-exp", "vicreg-ctr"} or fail(
@@ -118,10 +120,14 @@ def build_head(num_features, args):
     if args.head == "mlp":
         return nn.Sequential(
             nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, args.dim))
-    return nn.Sequential(
+    head = nn.Sequential(
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, args.dim, bias=False))
+    head.rate = min(1, 1024 / hidden)
+    if methods & {"vicreg", "vicreg-exp", "vicreg-ctr"}:
+        head.rate *= min(1, args.dim / 512)
+    return head
 
 def raise_half(*tensors):
     """The tensors in float32 at least; call the losses outside autocast."""
@@ -571,11 +577,11 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD's
-    largest stable rate falls with the width of an expander: beyond 1024 it gets less."""
+    """SGD or LARS for backbone and head, whose SGD may be slower (build_head says by what factor,
+    rate); for the online probe SGD at a rate of its own."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
-    widths = [m.num_features for m in model.head.modules() if hasattr(m, "num_features") and sgd]
-    rates = (model.backbone, lr), (model.head, lr * 1024 / max([1024, *widths])), (model.probe, 0.1)
+    slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
+    rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)
     groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate,
                "peak_lr": rate, "eta": 0.001, "decay": args.weight_decay,
                "weight_decay": args.weight_decay * sgd} for part, rate in rates]

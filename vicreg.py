@@ -53,12 +53,16 @@ def add_method_args(add):
     add("--lr", type=float, default=0.06, help="learning rate, times --batch-size / 256")
 
 def build_head(num_features, args):
-    """Return the expander g: (N, F) -> (N, D), three layers, the last one bare."""
+    """Return the expander g: (N, F) -> (N, D), three layers, the last one bare. The largest stable
+    rate of SGD falls with its width and, the loss being a mean over dimensions, with few of them.
+    """
     hidden = args.hidden or max(1024, args.dim)
-    return nn.Sequential(
+    head = nn.Sequential(
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, args.dim, bias=False))
+    head.rate = min(1, 1024 / hidden) * min(1, args.dim / 512)
+    return head
 
 def variance(z):
     """v(z) of embeddings (N, D): how far the dimensions' deviations lie below 1, a mean."""
@@ -384,11 +388,11 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD's
-    largest stable rate falls with the width of an expander: beyond 1024 it gets less."""
+    """SGD or LARS for backbone and head, whose SGD may be slower (build_head says by what factor,
+    rate); for the online probe SGD at a rate of its own."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
-    widths = [m.num_features for m in model.head.modules() if hasattr(m, "num_features") and sgd]
-    rates = (model.backbone, lr), (model.head, lr * 1024 / max([1024, *widths])), (model.probe, 0.1)
+    slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
+    rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)
     groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate,
                "peak_lr": rate, "eta": 0.001, "decay": args.weight_decay,
                "weight_decay": args.weight_decay * sgd} for part, rate in rates]

@@ -35,6 +35,7 @@ PUBLISHED = {  # Garrido et al. 2023, Tables 1 and 4; Jing et al. 2022, Tables 1
     "vicreg": "68.1", "vicreg-exp": "68.0", "vicreg-ctr": "67.9", "simclr": "68.6",
     "simclr-abs": "68.7", "slice": "62.7", "none": "51.5", "linear": "61.1", "mlp": "66.5",
     "diagonal": "60.2", "orthogonal": "52.2", "lowrank": "62.3", "random": "43.0"}
+SMALL = "--data shapes --precision bf16"
 HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
 def rows(script, flag, values, flags, name):
@@ -64,9 +65,12 @@ def on_a_gpu(data, name):
 TABLES = {
     "shapes": [Row(f"`python {name}.py --data shapes`", f"{name}.py --data shapes",
                    f"shapes/{name}", "", 3) for name in ("vicreg", "simclr", "directclr")],
-    "path-shapes": rows("interpolate.py", "--method", interpolate.PATH, "--data shapes",
-                        "path-shapes"),
-    "heads-shapes": rows("directclr.py", "--head", HEADS, "--data shapes", "heads-shapes"),
+    "dims": [Row(f"`{method}`, D = {dim}", f"interpolate.py {SMALL} --hidden 1024 --method {method}"
+                 f" --dim {dim}", f"dims/{method}-{dim}", "", 3)
+             for method in ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr")
+             for dim in (8, 32, 128, 512, 2048)],
+    "path-shapes": rows("interpolate.py", "--method", interpolate.PATH, SMALL, "path-shapes"),
+    "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes"),
     **on_a_gpu("cifar10", "gpu-cifar10"),
     **on_a_gpu("data/cifar10_jpeg", "gpu-cifar10_jpeg"),
 }

@@ -129,10 +129,10 @@ def test_online_probe_teaches_no_one():
             assert torch.equal(gradient, other[name]) != name.startswith("probe"), name
 
 @pytest.mark.parametrize("flags, factor", [
-    ("--dim 512", 1), ("--dim 8192", 1 / 8), ("--dim 64 --hidden 4096", 1 / 4),
-    ("--dim 8192 --optimizer lars", 1)])
-def test_wide_expanders_learn_slower(flags, factor):
-    """Also where BatchNorm is synchronised, on several GPUs."""
+    ("--dim 512", 1), ("--dim 8192", 1 / 8), ("--dim 64 --hidden 4096", 1 / 32),
+    ("--dim 2", 1 / 256), ("--dim 8192 --optimizer lars", 1)])
+def test_wide_and_narrow_expanders_learn_slower(flags, factor):
+    """Wide within, of few dimensions at the end; also where BatchNorm is synchronised, on several GPUs."""
     args = vicreg.parse_args(f"--data shapes --lr 0.2 --batch-size 256 {flags}".split())
     with torch.device("meta"):
         model = vicreg.Model(args, 32, 10)
@@ -142,7 +142,7 @@ def test_wide_expanders_learn_slower(flags, factor):
 
 def test_learning_rate_schedule(monkeypatch):
     """A rise over the warm-up, never above the peak, then a cosine to zero; ten epochs of ten."""
-    args, model, data = setup(vicreg, 20, "--lr 25.6 --batch-size 2 --epochs 10")
+    args, model, data = setup(vicreg, 20, "--lr 25.6 --batch-size 2 --epochs 10 --dim 512")
     seen, none, optimizer = [], lambda *args, **options: {}, vicreg.build_optimizer(model, args)
     monkeypatch.setattr(vicreg, "evaluate", none)
     monkeypatch.setattr(vicreg, "train_step", lambda *args: seen.append(

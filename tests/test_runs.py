@@ -222,7 +222,7 @@ def test_interpolate_trains_what_vicreg_and_simclr_train(image_folder):
     """The path's first step is vicreg.py's run, weight for weight, a blend with alpha 0 too; alpha
     1 is the other method's. With simclr.py's head and temperature the step simclr is its run."""
     runs = {"vicreg": "", "simclr": "", "first": "", "zero": "--blend dcl --alpha 0",
-            "one": "--blend dcl --alpha 1", "dcl": "--method dcl",
+            "one": "--method simclr --blend dcl --alpha 1", "dcl": "--method dcl",
             "last": "--method simclr --head mlp --temperature 0.5"}
     for name, choice in runs.items():
         train(SCRIPTS.get(name, SCRIPTS["interpolate"]), "--data", image_folder, *TINY, "--epochs",
@@ -232,10 +232,10 @@ def test_interpolate_trains_what_vicreg_and_simclr_train(image_folder):
     assert not equal_weights("vicreg", "dcl") and {"vicreg", "dcl"} <= set(records("zero")[2])
 
 @pytest.mark.parametrize("optimizer, method, head_rate", [
-    ("lars", "vicreg", 0.15), ("sgd", "simclr", 0.15), ("sgd", "interpolate", 0.075)])
+    ("lars", "vicreg", 0.15), ("sgd", "simclr", 0.15), ("sgd", "interpolate", 0.075 / 64)])
 def test_optimizers(optimizer, method, head_rate):
     """Three steps in float64 against the formulas, written as a loop: LARS scales and decays what
-    has two dimensions; SGD gives a wide expander a lower rate; the probe has its own, no decay."""
+    has two dimensions; SGD gives an expander a lower rate; the probe has its own, no decay."""
     script, lars = SCRIPTS[method], optimizer == "lars"
     args = script.parse_args(f"--arch convnet --dim 8 --hidden 2048 --optimizer {optimizer} --lr .3"
                              " --batch-size 128 --weight-decay 0.01".split())
