@@ -387,8 +387,8 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head, whose SGD may be slower (build_head says by what factor,
-    rate); for the online probe SGD at a rate of its own."""
+    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD takes
+    the head's times head.rate, where build_head gives it one."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
     slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
     rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)

@@ -107,9 +107,7 @@ class ListMethods(argparse.Action):
         parser.exit()
 
 def build_head(num_features, args):
-    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare. The largest
-    stable rate of SGD falls with its width and, where the loss is a mean over dimensions, with few
-    of them."""
+    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare."""
     methods = {args.method, args.blend or args.method}
     args.alpha <= 1 or fail("--alpha is at most 1")
     args.dim > 1 or not methods & {"vicreg-exp", "vicreg-ctr"} or fail(
@@ -124,9 +122,9 @@ def build_head(num_features, args):
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, args.dim, bias=False))
-    head.rate = min(1, 1024 / hidden)
-    if methods & {"vicreg", "vicreg-exp", "vicreg-ctr"}:
-        head.rate *= min(1, args.dim / 512)
+    # SGD's largest stable rate falls with the width and, as some losses take means, with fewer D
+    means = methods & {"vicreg", "vicreg-exp", "vicreg-ctr"}
+    head.rate = min(1, 1024 / hidden) * (min(1, args.dim / 512) if means else 1)
     return head
 
 def raise_half(*tensors):
@@ -139,10 +137,8 @@ def variance(z):
 
 def covariance(z):
     """c(z) of embeddings (N, D): squared covariances of all pairs of dimensions, summed, over D.
-
     The Gram matrix of the centred embeddings has the covariance matrix's norm, |Z Z^T| = |Z^T Z|,
-    so the smaller of the two is built (Garrido et al. 2023, Theorem 3.3).
-    """
+    so the smaller of the two is built (Garrido et al. 2023, Theorem 3.3)."""
     n, dim = z.shape
     z = z - z.mean(dim=0)
     small = (z.T @ z if dim <= n else z @ z.T) / (n - 1)  # (D, D) or (N, N)
@@ -155,20 +151,16 @@ def log_sum_exp(matrix):
     return matrix.masked_fill(itself, -torch.inf).logsumexp(dim=1).mean()
 
 def covariance_exp(z, temperature):
-    """c_exp(z) of embeddings (N, D), equation 12: covariance()'s squares become a log-sum-exp.
-
-    Here the matrix itself is needed, (D, D).
-    """
+    """c_exp(z) of embeddings (N, D), equation 12: covariance()'s squares become a log-sum-exp. Here
+    the matrix itself is needed, (D, D)."""
     z = z - z.mean(dim=0)
     return log_sum_exp(z.T @ z / (len(z) - 1) / temperature)
 
 def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, criterion=covariance,
                 transpose=False):
-    """VICReg's loss of the embeddings z1, z2 (N, D) of two views, and its terms; scalars.
-
-    criterion is c: covariance, or covariance_exp for VICReg-exp. With transpose both regularisers
-    act on the transposed embeddings, after the dimensions were centred over the batch: VICReg-ctr.
-    """
+    """VICReg's loss of the embeddings z1, z2 (N, D) of two views, and its terms; scalars. criterion
+    is c: covariance, or covariance_exp for VICReg-exp. With transpose both regularisers act on the
+    transposed embeddings, after the dimensions were centred over the batch: VICReg-ctr."""
     z1, z2 = raise_half(z1, z2)
     sim = F.mse_loss(z1, z2)
     if transpose:  # v now keeps each embedding's norm at sqrt(D), c is of the Gram matrix
@@ -180,11 +172,9 @@ def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, criterion
 
 def normalize(z1, z2, kind="classical"):
     """Embeddings z1, z2 (N, D) of two views as one (2N, D), Table 1 of the paper, "SimCLR".
-
     classical: each embedding of norm 1. A: dimensions centred over the batch before. B: dimensions
     centred and of norm sqrt(N / D), equation 14, so that embeddings have norm 1 in the mean square.
-    Each view by itself, as in VICReg.
-    """
+    Each view by itself, as in VICReg."""
     if kind != "classical":
         z1, z2 = z1 - z1.mean(dim=0), z2 - z2.mean(dim=0)
     if kind == "B":
@@ -193,12 +183,10 @@ def normalize(z1, z2, kind="classical"):
     return F.normalize(torch.cat([z1, z2]), dim=1)
 
 def nt_xent(z1, z2, temperature=0.5, of=None, decoupled=False, kind="classical"):
-    """NT-Xent of the embeddings z1, z2 (N, D) of two views, and its variants; a scalar.
-
-    of is applied to all similarities, the positive's too: torch.abs for SimCLR-abs, torch.square
-    for SimCLR-sq. decoupled leaves the positive out of the sum over the others: DCL (Yeh et al.
-    2022), which then has 2N - 2 terms. kind is normalize()'s.
-    """
+    """NT-Xent of the embeddings z1, z2 (N, D) of two views, and its variants; a scalar. of is
+    applied to all similarities, the positive's too: torch.abs for SimCLR-abs, torch.square for
+    SimCLR-sq. decoupled leaves the positive out of the sum over the others: DCL (Yeh et al. 2022),
+    which then has 2N - 2 terms. kind is normalize()'s."""
     z = normalize(*raise_half(z1, z2), kind)  # (2N, D)
     similarity = (z @ z.T if of is None else of(z @ z.T)) / temperature  # (2N, 2N)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -210,18 +198,14 @@ def nt_xent(z1, z2, temperature=0.5, of=None, decoupled=False, kind="classical")
 
 def product_square(a, b):
     """|A B^T|^2, the squared inner products of all rows of a (n, m) with all rows of b, summed.
-
-    Equal to <A^T A, B^T B>: the smaller of the two sides is built, (n, n) or (m, m).
-    """
+    Equal to <A^T A, B^T B>: the smaller of the two sides is built, (n, n) or (m, m)."""
     if len(a) <= a.shape[1]:
         return (a @ b.T).square().sum()
     return ((a.T @ a) * (b.T @ b)).sum()
 
 def spectral_loss(z1, z2, mu=1.0):
     """The spectral contrastive loss of z1, z2 (N, D), over mu; a scalar (HaoChen et al. 2021).
-
-    Embeddings longer than sqrt(mu) are scaled to that norm; negatives are the other view's.
-    """
+    Embeddings longer than sqrt(mu) are scaled to that norm; negatives are the other view's."""
     z1, z2 = (z / (z.norm(dim=1, keepdim=True) / mu**0.5).clamp(min=1)
               for z in raise_half(z1, z2))
     n, positive = len(z1), (z1 * z2).sum(dim=1)
@@ -229,20 +213,16 @@ def spectral_loss(z1, z2, mu=1.0):
     return (negative - 2 * positive.mean()) / mu
 
 def barlow_loss(z1, z2, off_diagonal=0.002):
-    """Barlow Twins' loss of z1, z2 (N, D); a scalar (Zbontar et al. 2021, equation 1).
-
-    C is the cross-correlation matrix of the two views, every dimension standardised over the batch.
-    """
+    """Barlow Twins' loss of z1, z2 (N, D); a scalar (Zbontar et al. 2021, equation 1). C is the
+    cross-correlation matrix of the two views, every dimension standardised over the batch."""
     z1, z2 = (F.batch_norm(z, None, None, training=True) for z in raise_half(z1, z2))
     diagonal = (z1 * z2).mean(dim=0)  # (D,) of the cross-correlation matrix
     others = product_square(z1.T, z2.T) / len(z1) ** 2 - diagonal.square().sum()
     return (1 - diagonal).square().sum() + off_diagonal * others
 
 def coding_rate(z, eps=1.6):
-    """log det(I + D / (N eps) Z^T Z) / 2 of embeddings (N, D), made unit vectors; a scalar.
-
-    I + Z Z^T has the same determinant: the smaller of the two is built (Yu et al. 2020).
-    """
+    """log det(I + D / (N eps) Z^T Z) / 2 of embeddings (N, D), made unit vectors; a scalar. I + Z
+    Z^T has the same determinant: the smaller of the two is built (Yu et al. 2020)."""
     z = F.normalize(z, dim=1)
     n, dim = z.shape
     small = (z.T @ z if dim <= n else z @ z.T) * (dim / (n * eps))
@@ -577,8 +557,8 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head, whose SGD may be slower (build_head says by what factor,
-    rate); for the online probe SGD at a rate of its own."""
+    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD takes
+    the head's times head.rate, where build_head gives it one."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
     slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
     rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)

@@ -4,8 +4,7 @@ Two augmented views of an image are positives, all other 2N - 2 views in the bat
 The representation h = f(x) is kept; the loss acts on the normalised embedding z = g(h):
 
     loss = mean over the 2N views i of  -s_ip / t + log sum_{k != i} exp(s_ik / t)
-
-with s the cosine similarity, p the other view of i's image, t the temperature.
+    s the cosine similarity, p the other view of i's image, t the temperature
 
 Chen et al., A simple framework for contrastive learning of visual representations, ICML 2020;
 Garrido et al., On the duality between contrastive and non-contrastive self-supervised learning,
@@ -52,8 +51,7 @@ def add_method_args(add):
     add("--lr", type=float, default=0.06, help="learning rate, times --batch-size / 256")
 
 def build_head(num_features, args):
-    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare. The largest
-    stable rate of SGD falls with its width."""
+    """Return the projector g: (N, F) -> (N, D); the expander's last layer is bare."""
     hidden = args.hidden or max(1024, args.dim)
     if args.head == "mlp":
         return nn.Sequential(
@@ -62,15 +60,13 @@ def build_head(num_features, args):
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, args.dim, bias=False))
-    head.rate = min(1, 1024 / hidden)
+    head.rate = min(1, 1024 / hidden)  # SGD's largest stable rate falls with the width
     return head
 
 def nt_xent(z1, z2, temperature=0.5):
-    """NT-Xent of the embeddings z1, z2 (N, D) of two views; a scalar.
-
-    Every one of the 2N embeddings is an anchor with one positive and 2N - 2 negatives (Chen et al.
-    2020, equation 1). Half precision is raised to float32; call it outside autocast.
-    """
+    """NT-Xent of the embeddings z1, z2 (N, D) of two views; a scalar. Every
+    one of the 2N embeddings is an anchor with one positive and 2N - 2 negatives (Chen et al. 2020,
+    equation 1). Half precision is raised to float32; call it outside autocast."""
     z = torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32))
     z = F.normalize(z, dim=1)  # (2N, D)
     similarity = z @ z.T / temperature  # (2N, 2N)
@@ -375,8 +371,8 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head, whose SGD may be slower (build_head says by what factor,
-    rate); for the online probe SGD at a rate of its own."""
+    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD takes
+    the head's times head.rate, where build_head gives it one."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
     slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
     rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)

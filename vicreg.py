@@ -9,9 +9,8 @@ are decorrelated. The representation h = f(x) is kept; the loss acts on the embe
     c(z) = sum over i != j of C_ij^2 / D,  C the covariance matrix of z over the batch
 
 Bardes et al., VICReg, ICLR 2022; Garrido et al., On the duality between contrastive and
-non-contrastive self-supervised learning, ICLR 2023: c is the contrastive criterion of z transposed.
-The variance term is halved, as in VICReg's official code; the D x D covariance is never built where
-the batch is smaller than D; optimiser and augmentation are CIFAR-10's, the papers' are flags.
+non-contrastive self-supervised learning, ICLR 2023: c is the contrastive criterion of z transposed,
+computed so where N < D. Optimiser and augmentation are CIFAR-10's, the papers' are flags.
 
 Run     python vicreg.py --data shapes, drawn images, a minute on a CPU; --dim 8192, CIFAR-10
 Shapes  N images in the batch (of all processes), C H W image, F features of the backbone,
@@ -53,14 +52,13 @@ def add_method_args(add):
     add("--lr", type=float, default=0.06, help="learning rate, times --batch-size / 256")
 
 def build_head(num_features, args):
-    """Return the expander g: (N, F) -> (N, D), three layers, the last one bare. The largest stable
-    rate of SGD falls with its width and, the loss being a mean over dimensions, with few of them.
-    """
+    """Return the expander g: (N, F) -> (N, D), three layers, the last one bare."""
     hidden = args.hidden or max(1024, args.dim)
     head = nn.Sequential(
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, args.dim, bias=False))
+    # SGD's largest stable rate falls with the width and, as the loss takes means, with fewer D
     head.rate = min(1, 1024 / hidden) * min(1, args.dim / 512)
     return head
 
@@ -79,11 +77,9 @@ def covariance(z):
     return (small.square().sum() - diagonal.square().sum()) / dim
 
 def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
-    """VICReg's loss of the embeddings z1, z2 (N, D) of two views, and its terms; scalars.
-
-    Returns loss, {"sim", "std", "cov"} (Bardes et al. 2022, equation 6, the variance term halved as
-    in the official code). Half precision is raised to float32; call it outside autocast.
-    """
+    """VICReg's loss of the embeddings z1, z2 (N, D) of two views, and its terms; scalars. Returns
+    loss, {"sim", "std", "cov"} (Bardes et al. 2022, equation 6, the variance term halved as in the
+    official code). Half precision is raised to float32; call it outside autocast."""
     z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
     sim = F.mse_loss(z1, z2)
     std = (variance(z1) + variance(z2)) / 2
@@ -388,8 +384,8 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head, whose SGD may be slower (build_head says by what factor,
-    rate); for the online probe SGD at a rate of its own."""
+    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD takes
+    the head's times head.rate, where build_head gives it one."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
     slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
     rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)
