@@ -5,6 +5,7 @@ import functools
 import importlib
 import io
 import json
+import operator
 import os
 import pickle
 import shutil
@@ -317,9 +318,10 @@ def test_first_scale_that_is_too_large(image_folder, monkeypatch):
     train(script, "--data", image_folder, *TINY, "--hidden", "32", "--image-size", "8", "--epochs",
           "40", "--precision", "fp16", "--out", "run", "--steps", "30")
     scales, weights = zip(*after)
-    skipped = scales.index(scales[-1]) + 1  # steps, up to the one that halved it for the last time
-    assert 3 < skipped < 25 and len({*weights[:skipped]}) == 1 and len({*weights[skipped:]}) > 3
-    assert scales[-1] == 2.0 ** (20 - skipped) == load("run")["scaler"]["scale"]
+    halved = [new < old for old, new in zip((2.0**20, *scales), scales)]
+    assert [*map(operator.eq, weights, weights[1:])] == halved[1:] and halved[0]
+    assert 3 < sum(halved) < 25
+    assert scales[-1] == 2.0 ** (20 - sum(halved)) == load("run")["scaler"]["scale"]
     train(script, "--resume", "run", "--steps", "31")
     assert after[30][0] == scales[-1] and after[30][1] != weights[-1] and len(after) == 31
 
