@@ -20,6 +20,7 @@ Shapes  N images in the batch (of all processes), C H W image, F features of the
 # ==== 1. Imports [shared] =========================================================================
 import argparse
 import contextlib
+import glob
 import json
 import math
 import os
@@ -58,8 +59,7 @@ def build_head(num_features, args):
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, args.dim, bias=False))
-    # SGD's largest stable rate falls with the width and, as the loss takes means, with fewer D
-    head.rate = min(1, 1024 / hidden) * min(1, args.dim / 512)
+    head.rate = min(1, 1024 / hidden) * min(1, args.dim / 512)  # at more SGD diverges
     return head
 
 def variance(z):
@@ -94,23 +94,22 @@ def loss_fn(z1, z2, args):
 # ==== 3. Data [shared] ============================================================================
 def load_data(args):
     """Return what --data names: classes, then images and labels to train on and to test on. Images
-    are uint8 (n, 3, S, S), a tensor or a Folder, labels int64 (n,), -1 where there is none. With
-    --holdout n training images, the last of a fixed shuffle, take the place of the test set."""
+    are uint8 (n, 3, S, S), a tensor or a Folder, labels int64 (n,), -1 where there is none. Images
+    to test on are, with --holdout or where there are none, the last of a fixed shuffle."""
     if args.data == "shapes":
         classes, parts = [*"abcdefghij"], [*draw_shapes(5000, seed=1), *draw_shapes(1000, seed=2)]
     elif args.data in ("cifar10", "cifar100", "stl10"):
         classes, parts = download(args.data, args.data_dir)
     else:
         classes, parts = find_images(Path(args.data))
-    if args.holdout:
-        known = torch.where(parts[1] >= 0)[0]
-        args.holdout < len(known) or fail(f"--holdout leaves nothing of {len(known)} images")
+    if n := args.holdout or (len(parts) == 2) * (1 + len(parts[1]) // 10):
+        known = torch.where(parts[1] >= parts[1].max().clamp(max=0))[0]
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
-        taken = torch.isin(torch.arange(len(parts[1])), known[order[-args.holdout :]])
+        taken = torch.isin(torch.arange(len(parts[1])), known[order[-n:]])
         parts = [part[which] for which in (~taken, taken) for part in parts[:2]]
     if isinstance(parts[0], np.ndarray):  # files' names
-        sides = [min(open_image(f).size) for f in parts[0][:: math.ceil(len(parts[0]) / 100)]]
-        size = args.image_size or max(8, min(224, int(np.median(sides))))
+        sides = [min(open_image(f).size) for f in parts[0][:: 1 + len(parts[0]) // 100]]
+        size = args.image_size or max(8, min(224, int(np.median(sides or [0]))))
         parts[::2] = [Folder(files, size, args) for files in parts[::2]]
     return classes, *parts
 
@@ -129,16 +128,23 @@ def download(name, root):
     return part.classes, parts
 
 def find_images(root):
-    """The same of ROOT/train/CLASS/* and ROOT/val|test/CLASS/*, images being files' names."""
-    splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()]
-    len(splits) > 1 and root / "train" in splits or fail(
-        f"--data {root}: no such data set, or no folder with train/CLASS/* and val|test/CLASS/*")
-    train, test = (torchvision.datasets.ImageFolder(split) for split in splits[:2])
-    unknown = sorted({*test.classes} - {*train.classes})
-    unknown and fail(f"--data {root}: {splits[1].name}/ has classes that train/ lacks: {unknown}")
-    return train.classes, [part for folder in (train, test) for part in (
-        np.array([os.fsencode(file) for file, _ in folder.samples]),  # one block for all workers
-        torch.tensor([train.class_to_idx[folder.classes[y]] for y in folder.targets]))]
+    """The same of ROOT/train/CLASS/* and, if there, ROOT/val|test/CLASS/*: files' names, neither
+    hidden nor trash. Without ROOT/train all images, as those of one class alone, have no label."""
+    endings = tuple(e for e, form in Image.registered_extensions().items() if form in Image.OPEN)
+    trash = "/@eaDir/", "/@Recycle/", "/#recycle/", "/$RECYCLE.BIN/", "/__MACOSX/", "/lost+found/"
+    files = [file for file in sorted(glob.glob("**", root_dir=root, recursive=True))
+             if file.lower().endswith(endings) and not any(t in f"/{file}" for t in trash)]
+    files or fail(f"--data {root}: no folder with images, nor a data set (cifar10, shapes, ...)")
+    places = [[*os.path.dirname(file).split("/"), ""][:2] for file in files]  # split and class
+    sets = [[i for i, p in enumerate(places) if p[0] == s] for s in ("train", "val", "test")]
+    sets = [rows for rows in sets if rows][:2] if sets[0] else [range(len(files))]
+    classes = sorted({places[i][1] for i in sets[0] if places[i][0] == "train"} - {""})
+    unknown = sorted({places[i][1] for rows in sets[1:] for i in rows if classes} - {*classes})
+    unknown and fail(f"--data {root}: classes to test on that train/ lacks: {unknown}")
+    number = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
+    return classes, [part for rows in sets for part in (
+        np.array([os.fsencode(root / files[i]) for i in rows]),  # one block for all workers
+        torch.tensor([number.get(places[i][1], -1) for i in rows]))]
 
 class Folder(torch.utils.data.Dataset):
     """Image files as uint8 (n, 3, S, S), read one at a time: item (None, i) is the central square
@@ -352,17 +358,20 @@ def evaluate(model, data, args, linear=True, folder=None):
         return gather(torch.cat(h))[: len(index)]
     known, test_y = torch.where(labels.cpu() >= 0)[0], test_labels.to(device)
     h = represent(test_images, torch.arange(len(test_y)))
-    sets = represent(images, known), labels.to(device)[known], h, test_y
     p = torch.linalg.eigvalsh(h.double().cpu().T @ h.double().cpu()).clamp(min=0).sqrt()
     p = p / p.sum().clamp(min=1e-12)  # normalised singular values; exp of their entropy: RankMe
-    metrics = {"knn": knn_accuracy(*sets), **({"linear": linear_probe(*sets)} if linear else {}),
-               "online": 100 * (model.probe(h).argmax(1) == test_y).float().mean().item(),
-               "rank": torch.special.entr(p).sum().exp().item()}
+    metrics = {"rank": torch.special.entr(p).sum().exp().item()}
+    if len(known):
+        sets = represent(images, known), labels.to(device)[known], h, test_y
+        probe = {"linear": linear_probe(*sets)} if linear else {}
+        online = 100 * (model.probe(h).argmax(1) == test_y).float().mean().item()
+        metrics = {"knn": knn_accuracy(*sets), **probe, "online": online, **metrics}
     if folder:
         pick = torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:10000].sort()[0]
         h, y = h[pick.to(device)], test_y.cpu()[pick]
         z = torch.cat([model.head(part) for part in h.split(1000)])
-        save({"h": h.cpu(), "z": z.cpu(), "labels": y}, folder / "embeddings.pt")
+        paths = [] if torch.is_tensor(test_images) else [*map(os.fsdecode, test_images.files[pick])]
+        save({"h": h.cpu(), "z": z.cpu(), "labels": y, "paths": paths}, folder / "embeddings.pt")
         h, rows = F.normalize(h, dim=1), torch.linspace(0, len(h) - 1, 8).long()
         nearest = pick[(h[rows] @ h.T).topk(min(10, len(h))).indices.cpu()]  # (8, 10), itself first
         x = next(fetch(test_images, [(None, nearest.flatten())], torch.device("cpu"))) / 255
@@ -384,8 +393,7 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS for backbone and head; for the online probe SGD at a rate of its own. SGD takes
-    the head's times head.rate, where build_head gives it one."""
+    """SGD or LARS; SGD slower for a head with a rate, the probe's own, neither decayed nor LARS."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
     slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
     rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)
@@ -421,9 +429,10 @@ def choose_device(args):
     name, best = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"), "fp32"
     try:
         device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
-        torch.zeros(1, device=device).cpu()
+        check = torch.compile(torch.square) if args.compile else torch.square
+        check(torch.zeros(1, device=device)).cpu()
     except Exception as error:  # each backend has exceptions of its own
-        fail(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})")
+        fail(f"--device {name}{' --compile' * args.compile}: cannot be used here ({error})")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         best = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
@@ -448,10 +457,9 @@ def agree(number=0):
 def open_run(args, log_bytes):
     """Return the run folder, --resume, --out or runs/NAME-DATA, numbered where it is taken, and its
     log, without what came after the checkpoint."""
-    name, number = f"runs/{RUN_NAME.format(**vars(args))}-{Path(args.data).resolve().name}", 1
-    folder = Path(args.resume or args.out or name)
-    while folder.exists() and not (args.resume or args.out):
-        number, folder = number + 1, Path(f"{name}-{number + 1}")
+    name = f"runs/{RUN_NAME.format(**vars(args))}-{Path(args.data).resolve().name}"
+    names = (name + f"-{i}" * (i > 1) for i in range(1, 10**6))
+    folder = Path(args.resume or args.out or next(n for n in names if not Path(n).exists()))
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.jsonl", "a" if args.resume else "x", buffering=1)
     log.truncate(min(log_bytes, os.path.getsize(log.name)))
@@ -526,14 +534,13 @@ def parse_args(argv=None):
             **{f"{name} {value}: a number {'above' if name in POSITIVE else 'of at least'} 0":
                0 <= value < math.inf and (value > 0 or name not in POSITIVE)
                for name, value in vars(args).items() if isinstance(value, (int, float))},
-            "--image-size >= 8": args.image_size not in range(1, 8),
             "0 <= --gray, --blur, --solarize, --jitter, --warmup <= 1, the hue's <= 0.5": all(
                 0 <= x <= 1 for x in shares),
             "0 < --crop LOW <= HIGH <= 1": 0 < args.crop[0] <= args.crop[1] <= 1,
             f"--batch-size {args.batch_size} is for all processes, a multiple of their number, "
             f"{WORLD}, and two each": args.batch_size % WORLD == 0 and args.batch_size >= 2 * WORLD,
-            f"--out {args.out} holds a run; choose another, or --resume {args.out} to go on":
-                args.resume or not args.out or not Path(args.out, "log.jsonl").exists()}.items():
+            f"--out {args.out} holds a run; to go on --resume {args.out}": not args.out or
+                args.resume or not Path(args.out, "log.jsonl").exists()}.items():
         holds or fail(rule)
     return args
 
@@ -632,11 +639,11 @@ def main(argv=None):
     agree()
     classes, images, labels, *_ = data = data or load_data(args)
     n, size = len(labels), images.shape[-1]
-    n >= args.batch_size or fail(f"--batch-size {args.batch_size} is more than the {n} images")
-    if cuda and torch.is_tensor(images) and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+    n >= args.batch_size or fail(f"--batch-size {args.batch_size}: only {n} images to train on")
+    if cuda and torch.is_tensor(images) and images.nbytes < torch.cuda.mem_get_info()[1] / 4:
         data = classes, *(part.to(device) for part in data[1:])
     torch.manual_seed(derive_seed(args.seed, 0))
-    model = Model(args, size, len(classes)).to(device, memory_format=torch.channels_last)
+    model = Model(args, size, max(1, len(classes))).to(device, memory_format=torch.channels_last)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda and WORLD > 1 else model
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -665,9 +672,8 @@ def main(argv=None):
     if args.resume is None:
         git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --abbrev=40"
         report({"method": METHOD, "args": vars(args), "argv": sys.argv, "images": n, "pixels": size,
-                "test_images": len(data[4]), "parameters": {
-                    k: sum(p.numel() for p in v.parameters()) for k, v in model.named_children()},
-                "learning_rate": optimizer.param_groups[0]["peak_lr"], "precision": str(dtype),
+                "test_images": len(data[4]), "learning_rate": optimizer.param_groups[0]["peak_lr"],
+                "parameters": sum(p.numel() for p in model.parameters()), "precision": str(dtype),
                 "device": torch.cuda.get_device_name() if cuda else str(device), "processes": WORLD,
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "out": str(folder),
                 "commit": subprocess.getoutput(f"{git} 2>/dev/null")})
@@ -677,11 +683,9 @@ def main(argv=None):
     if signum := train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
         print(f"stopped after step {state['step']}, saved; python {METHOD}.py --resume {folder}")
         raise SystemExit(128 + signum)
-    if RANK == 0:
-        save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, folder / "backbone.pt")
     final = evaluate(model, data, args, folder=folder) | state["untrained"]
-    final |= {"step": state["step"], "seconds": state["seconds"], "peak_mib":
-              torch.cuda.max_memory_allocated(device) >> 20 if cuda else None}
+    final |= {name: state[name] for name in ("step", "seconds")}
+    RANK or save(model.backbone.cpu().state_dict(), folder / "backbone.pt")
     report({"final": True, **final})
     return final
 

@@ -94,13 +94,14 @@ def test_evaluation_of_a_collapsed_network():
         assert metrics["rank"] == 1 and metrics["knn"] == metrics["linear"] == 10
 
 def test_embeddings_and_neighbours(tmp_path):
-    """Of a sample of at most 10,000: h, z = g(h) and labels; a picture of nearest images."""
+    """Of a sample of at most 10,000: h, z = g(h), labels; a picture of nearest images."""
     args, model, data = setup(simclr, 10_050, "--head expander --hidden 32")
     simclr.evaluate(model, data, args, linear=False, folder=tmp_path)
-    h, z, index = torch.load(tmp_path / "embeddings.pt", weights_only=True).values()
+    h, z, index, paths = torch.load(tmp_path / "embeddings.pt", weights_only=True).values()
     assert (h.shape, z.shape, index.shape) == ((10_000, 256), (10_000, 6), (10_000,))
     assert (h.dtype, z.dtype, index.dtype) == (torch.float32, torch.float32, torch.int64)
     images = data[3][index]
+    assert paths == []
     with torch.no_grad():
         torch.testing.assert_close(h, model.eval().backbone(images / 255), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(z, model.head(h), rtol=1e-4, atol=1e-4)
@@ -132,7 +133,7 @@ def test_online_probe_teaches_no_one():
     ("--dim 512", 1), ("--dim 8192", 1 / 8), ("--dim 64 --hidden 4096", 1 / 32),
     ("--dim 2", 1 / 256), ("--dim 8192 --optimizer lars", 1)])
 def test_wide_and_narrow_expanders_learn_slower(flags, factor):
-    """Wide within, of few dimensions at the end; also where BatchNorm is synchronised, on several GPUs."""
+    """Wide within, of few dimensions at the end; also where BatchNorm is synchronised."""
     args = vicreg.parse_args(f"--data shapes --lr 0.2 --batch-size 256 {flags}".split())
     with torch.device("meta"):
         model = vicreg.Model(args, 32, 10)

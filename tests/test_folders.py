@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,18 +145,59 @@ def test_damaged_image_stops_a_run(workers, image_folder):
     line, = (line for line in done.stderr.splitlines() if "worker" not in line)  # too few cores
     assert done.returncode == 2 and line.startswith(f"simclr.py: error: the image '{file}' cannot")
 
-def test_bad_folders(capsys, image_folder):
-    """What the script finds is one line at once; what torchvision finds an OSError."""
-    shutil.copytree(image_folder, "f")
-    shutil.copytree("f/test/a", "f/test/sun")
-    assert "test/ has classes that train/ lacks: ['sun']" in refused(capsys, simclr, "--data", "f")
-    for folder, match in (("f/train/empty", "for the classes empty"), ("f/train", "class folder")):
-        os.mkdir(folder)
-        with pytest.raises(OSError, match=match):
-            train(simclr, "--data", "f")
-        shutil.rmtree("f/train")
-    os.rename("f/test", "f/train")
-    assert "train/CLASS/* and val|test/CLASS/*" in refused(capsys, simclr, "--data", "f")
+def test_what_is_found_in_folders(capsys, image_folder, tmp_path):
+    """No class from what is hidden or trash, nor from files; an ending in any case; all without
+    labels where there is no train/ or one class, a tenth of them held out."""
+    shutil.copytree(image_folder, tmp_path / "f")
+    os.chdir(tmp_path / "f")
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "empty", "#1"):
+        os.mkdir(f"train/{name}")
+        name == "empty" or shutil.copy("train/a/0000.png", f"train/{name}")
+    for name in ("train/a/.0000.png", "train/loose.PNG", "train/a/#.png"):
+        shutil.copy("train/a/0000.png", name)
+    Path("train/a/notes.txt").write_text("no image")
+    classes, images, y, *_, test_y = load_data(".")
+    assert classes == ["#1", *"abcdefghij"] and len(y) == len({*images.files}) == 83
+    assert y[[*images.files].index(b"train/loose.PNG")] == -1
+    assert {*test_y.tolist()} == {*range(1, 11)}
+    os.mkdir("test/sun")
+    shutil.copy("train/a/0000.png", "test/sun")
+    assert "classes to test on that train/ lacks: ['sun']" in refused(capsys, simclr, "--data", ".")
+    os.rename("test", "elsewhere")
+    classes, images, y, held, held_y = load_data(".")
+    assert len(held_y) == 9 and len({*images.files, *held.files}) == 83 == len(y) + 9
+    assert min(held_y) >= 0 and len(classes) == 11
+    os.rename("train", "pictures")
+    classes, images, y, held, held_y = load_data(".")  # also those that were to test on
+    assert classes == [] and {*y.tolist(), *held_y.tolist()} == {-1}
+    assert len(y) + len(held_y) == len({*images.files, *held.files}) == 124 and len(held_y) == 13
+    os.makedirs("val/b")
+    shutil.copy("pictures/b/0001.png", "val/b")
+    shutil.copytree("pictures/b", "train/b")
+    classes, images, y, held, held_y = load_data(".")
+    assert classes == ["b"] and y.tolist() == [-1] * 8 and held_y.tolist() == [-1]
+    os.mkdir("none")
+    for folder in ("none", "pictures/a/notes.txt"):
+        assert "no folder with images" in refused(capsys, simclr, "--data", folder)
+
+@pytest.mark.parametrize("data", ["folder", "one class"])
+def test_images_without_labels_train(data, image_folder, tmp_path):
+    """Loss and rank are logged, no accuracy is; the embeddings tell which file they are of."""
+    where = image_folder / "train"
+    if data == "one class":
+        where = tmp_path / "root"
+        for name in ("train/a", "test/a"):
+            shutil.copytree(image_folder / name, where / name)
+    final = train(simclr, "--data", where, *TINY, "--batch-size", "4", "--out", "run")
+    assert {*final} == {"rank", "rank_untrained", "step", "seconds"} and final["rank"] > 1
+    kept = torch.load("run/embeddings.pt", weights_only=True)
+    assert len(kept["h"]) == len(kept["paths"]) and {*kept["labels"].tolist()} == {-1}
+    images = simclr.Folder([os.fsencode(path) for path in kept["paths"]], 16, None)
+    model = simclr.build_backbone("convnet", 16)[0].eval()
+    model.load_state_dict(torch.load("run/backbone.pt", weights_only=True))
+    with torch.no_grad():
+        h = model(torch.stack([images[None, i] for i in range(len(kept["h"]))]) / 255)
+    torch.testing.assert_close(h, kept["h"], rtol=1e-4, atol=1e-5)
 
 def test_torchvision_sets(monkeypatch):
     """CIFAR's (n, 32, 32, 3) and STL-10's (n, 3, 96, 96), whose unlabelled are not held out."""
