@@ -170,7 +170,7 @@ def fail(message):
 def find_runs(paths):
     """The files and finished runs among paths, or in folders that they name, {name: path}.
 
-    Unfinished runs are skipped with a line. A name is as much of a path as tells it apart.
+    What is no finished run is skipped with a line. A name is as much of a path as tells it apart.
     """
     found = []
     for path in map(Path, paths):
@@ -179,12 +179,11 @@ def find_runs(paths):
         for run in (path / name for name in dict.fromkeys(names)):
             if (run / "embeddings.pt").is_file():
                 inside.append(run)
-            elif (run / "log.jsonl").is_file():
+            elif (run / "log.jsonl").is_file() and run != path:
                 print(f"skipped {run}: not finished, it has no embeddings.pt")
-        if not inside:
-            fail(f"{path}: no finished run there: none has embeddings.pt")
+        inside or print(f"skipped {path}: no finished run there, none has embeddings.pt")
         found += [run.resolve() for run in inside]
-    found = [*dict.fromkeys(found)]
+    found = [*dict.fromkeys(found)] or fail(f"{' '.join(paths)}: no finished run there")
     length = next(k for k in itertools.count(1) if len({p.parts[-k:] for p in found}) == len(found))
     names = ["/".join(path.parts[-length:]) for path in found]
     return {name.encode(errors="backslashreplace").decode(): p for name, p in zip(names, found)}
@@ -222,7 +221,8 @@ def read_log(path):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         args = records[0]["args"]
         final = next((record for record in reversed(records) if record.get("final")), {})
-        return {"method": args.get("method", records[0]["method"]), "head": args["head"], **final}
+        return {"method": args.get("method", records[0]["method"]),
+                "head": args.get("head", ""), **final}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:  # the same

@@ -102,7 +102,7 @@ def write_run(name, seed=0, final=(), **args):
     h, z = embeddings(60, 12, seed), embeddings(60, 8, seed + 1)
     file = {"h": h, "z": z, "labels": torch.arange(60), "paths": ["a.png"] * 60}
     torch.save(file, f"{name}/embeddings.pt")
-    log = [{"method": "simclr", "args": {"head": "mlp", **args}}, {"final": True, **dict(final)}]
+    log = [{"method": "simclr", "args": args}, {"final": True, **dict(final)}]
     Path(name, "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     return h, z
 
@@ -113,8 +113,8 @@ def analyzed(*argv):
 
 def test_reports_hold_what_the_functions_return(capsys):
     """Two runs and a file side by side: JSON, tables and figures of all three commands."""
-    h, z = write_run("a", 0, {"knn": 71.5, "online": 70.25, "seconds": 3})
-    write_run("b|$", 5, {"linear": 80.0}, method="dcl", head="none")
+    h, z = write_run("a", 0, {"knn": 71.5, "online": 70.25, "seconds": 3}, head="mlp")
+    write_run("b|$", 5, {"linear": 80.0}, method="dcl")  # vicreg.py has no --head
     np.save("c.npy", embeddings(30, 4, 9).numpy())
     rows = analyzed("a", "b|$", "c.npy")["spectrum"]
     tables = {path.stem: " ".join(path.read_text().split()) for path in Path("out").glob("*.md")}
@@ -130,7 +130,7 @@ def test_reports_hold_what_the_functions_return(capsys):
     ranks, both = [f"{row['effective_rank']:.4g}" for row in rows], rows[1]["samples"]
     assert (f"| a | simclr | mlp | 71.5 | | 70.25 | {ranks[0]} | {ranks[1]} | 0 | 0 | "
             f"{both['unit']:.4g} | {both['dual']:.4g} | 3 |") in tables["compare"]
-    assert "| b\\|$ | dcl | none | | 80 | | " in tables["compare"]
+    assert "| b\\|$ | dcl | | | 80 | | " in tables["compare"]
     assert f"| c.npy | | | | | | | {ranks[4]} | | 0 | " in tables["compare"]
     assert Path("out/duality.md").read_text() in capsys.readouterr().out
     assert [path.read_text()[:5] for path in Path("out").glob("*.svg")] == ["<?xml"] * 2

@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import analyze
 import pytest
 import torch
 import torchvision
@@ -304,6 +306,15 @@ def test_training_that_is_not_finite(method, what, every, step, kept, image_fold
                    "30", "--precision", what if what == "fp16" else "fp32", "--out", "run", code=3)
     assert f"not finite after step {step}: " in line and "'loss': " in line
     assert load("run")["step"] == kept and len(records("run")) == 2 + (step - 1) // 4
+
+def test_analyze_reads_all_runs(image_folder):
+    """What every training script leaves, side by side; what is no run is passed over."""
+    outs = {method: finished(script, image_folder)[::2] for method, script in SCRIPTS.items()}
+    analyze.main(["compare", str(image_folder), *(str(out) for out, _ in outs.values()),
+                  "--out", "o"])
+    table = Path("o/compare.md").read_text()
+    for method, (_, final) in outs.items():
+        assert re.search(rf"\| +finished-{method} \| .*\| +{final['linear']:.4g} \|", table)
 
 def test_first_scale_that_is_too_large(image_folder, monkeypatch):
     """fp16 leaves out steps until a scale fits, and the resumed run has that scale."""
