@@ -15,13 +15,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import analyze
+import benchmark
 import pytest
 import torch
 import torchvision
 from conftest import ROOT
 from family import TRAINING
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 METHODS = [name.removesuffix(".py") for name in TRAINING]
 SCRIPTS = {method: importlib.import_module(method) for method in METHODS}
@@ -279,6 +283,26 @@ def test_compile(image_folder, monkeypatch):
         assert list(load("plain")[part]) == list(load("graphs")[part])
     one, two = ([r["loss"] for r in records(run)[2:4]] for run in ("plain", "graphs"))
     assert one != two and one == pytest.approx(two, rel=1e-5)
+
+def test_compile_without_a_compiler(image_folder):
+    """One line before anything is read or trained."""
+    command = [sys.executable, ROOT / "vicreg.py", "--data", image_folder, *TINY, "--compile"]
+    done = subprocess.run(command, env={"PATH": "", "TORCHINDUCTOR_CACHE_DIR": "cache", "HOME": "."},
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and not Path("runs").exists()
+    assert re.fullmatch("vicreg.py: error: --device cpu --compile: .* compiler .*\n", done.stderr)
+
+def test_benchmark_passes_both_views():
+    """Compiled, too: of two views that are one tensor only one pass would be left."""
+    counted, options = [], SimpleNamespace(arch="convnet", precision="fp32", compile=False)
+    def count(graph, inputs):
+        counted.append(sum("convolution" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+    steps = benchmark.Steps("simclr.py", 4, CPU, options)
+    steps.model.compile(backend=aot_autograd(
+        fw_compiler=count, partition_fn=min_cut_rematerialization_partition))
+    steps.bare()
+    assert counted[0] == 2 * sum(isinstance(m, torch.nn.Conv2d) for m in steps.model.modules())
 
 @pytest.mark.parametrize("method, what, every, step, kept", [
     ("simclr", "loss", 0, 7, 6), ("vicreg", "weights", 0, 7, 6), ("interpolate", "loss", 60, 8, 0),
