@@ -1,8 +1,8 @@
 """VICReg in one file: variance, invariance, covariance; the dimension-contrastive end of the path.
 
-Two augmented views of an image are drawn together; nothing pushes images apart. Instead every
-dimension of the embedding keeps a standard deviation of 1 over the batch, and any two dimensions
-are decorrelated. The representation h = f(x) is kept; the loss acts on the embedding z = g(h):
+Two augmented views of an image are pulled together; nothing pushes images apart. Instead every
+dimension of the embedding keeps a standard deviation of at least 1 over the batch, and any two are
+decorrelated. The representation h = f(x) is what is used later; the loss acts on z = g(h):
 
     loss = 25 |z1 - z2|^2 / (N D) + 25 (v(z1) + v(z2)) / 2 + c(z1) + c(z2)
     v(z) = mean over dims j of relu(1 - sqrt(Var z_j + 1e-4))
@@ -10,10 +10,10 @@ are decorrelated. The representation h = f(x) is kept; the loss acts on the embe
 
 Bardes et al., VICReg, ICLR 2022; Garrido et al., On the duality between contrastive and
 non-contrastive self-supervised learning, ICLR 2023: c is the contrastive criterion of z transposed,
-computed so where N < D. Optimiser and augmentation are CIFAR-10's, the papers' are flags.
+taken from the N x N Gram matrix where N < D. Defaults are for CIFAR-10, the papers' are flags.
 
-Run     python vicreg.py --data shapes, drawn images, a minute on a CPU; --dim 8192, CIFAR-10
-Shapes  N images in the batch (of all processes), C H W image, F features of the backbone,
+Run     python vicreg.py --data shapes (drawn images, a minute on a CPU); without it CIFAR-10
+Shapes  N images in the batch of all processes (n: of this one), S x S pixels, F features of f,
         D dims of the embedding; h (N, F) representation, z1 z2 (N, D) embeddings
 """
 
@@ -53,17 +53,17 @@ def add_method_args(add):
     add("--lr", type=float, default=0.06, help="learning rate, times --batch-size / 256")
 
 def build_head(num_features, args):
-    """Return the expander g: (N, F) -> (N, D), three layers, the last one bare."""
+    """Return the expander g: (N, F) -> (N, D), three layers, the last without BatchNorm or ReLU."""
     hidden = args.hidden or max(1024, args.dim)
     head = nn.Sequential(
         nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, args.dim, bias=False))
-    head.rate = min(1, 1024 / hidden) * min(1, args.dim / 512)  # at more SGD diverges
+    head.rate = min(1, 1024 / hidden) * min(1, args.dim / 512)  # of --lr; at more SGD diverges
     return head
 
 def variance(z):
-    """v(z) of embeddings (N, D): how far the dimensions' deviations lie below 1, a mean."""
+    """v(z) of embeddings (N, D): mean shortfall of the standard deviations below 1."""
     return F.relu(1 - torch.sqrt(z.var(dim=0) + 1e-4)).mean()
 
 def covariance(z):
@@ -88,7 +88,7 @@ def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
     return loss, {"sim": sim.detach(), "std": std.detach(), "cov": cov.detach()}
 
 def loss_fn(z1, z2, args):
-    """Return the loss of the global batch, z1 z2 (N, D), and its parts as a dict of scalars."""
+    """Return the loss of the global batch, z1 z2 (N, D), and a dict of parts, detached scalars."""
     return vicreg_loss(z1, z2, args.sim_coeff, args.std_coeff, args.cov_coeff)
 
 # ==== 3. Data [shared] ============================================================================
@@ -102,8 +102,8 @@ def load_data(args):
         classes, parts = download(args.data, args.data_dir)
     else:
         classes, parts = find_images(Path(args.data))
-    if n := args.holdout or (len(parts) == 2) * (1 + len(parts[1]) // 10):
-        known = torch.where(parts[1] >= parts[1].max().clamp(max=0))[0]
+    if n := args.holdout or (len(parts) == 2) * (1 + len(parts[1]) // 10):  # a tenth
+        known = torch.where(parts[1] >= parts[1].max().clamp(max=0))[0]  # labelled, or all
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
         taken = torch.isin(torch.arange(len(parts[1])), known[order[-n:]])
         parts = [part[which] for which in (~taken, taken) for part in parts[:2]]
@@ -129,7 +129,7 @@ def download(name, root):
 
 def find_images(root):
     """The same of ROOT/train/CLASS/* and, if there, ROOT/val|test/CLASS/*: files' names, neither
-    hidden nor trash. Without ROOT/train all images, as those of one class alone, have no label."""
+    hidden nor trash. Without ROOT/train, or with one class alone, no image has a label."""
     endings = tuple(e for e, form in Image.registered_extensions().items() if form in Image.OPEN)
     trash = "/@eaDir/", "/@Recycle/", "/#recycle/", "/$RECYCLE.BIN/", "/__MACOSX/", "/lost+found/"
     files = [file for file in sorted(glob.glob("**", root_dir=root, recursive=True))
@@ -187,8 +187,8 @@ def fetch(images, batches, device):
     yield from (batch.to(device, non_blocking=True) for batch in loader)
 
 def draw_shapes(n, seed, size=32):
-    """Draw n images uint8 (n, 3, size, size) and labels (n,): nine superellipses of one kind each,
-    |u|^p + |v / a|^p = 1, filled or hollow; the kind is what two crops share."""
+    """Draw n images uint8 (n, 3, size, size) and labels (n,): each of nine superellipses of one
+    kind, |u|^p + |v / a|^p = 1, filled or hollow; the kind is what two crops share."""
     generator, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
@@ -234,14 +234,14 @@ def augment(images, draws, view, args, dtype=torch.float32):
 
 def random_crop(x, draws, low, high):
     """RandomResizedCrop of x (N, 3, S, S) to S. Bilinear resizing is separable: two products with
-    weights (S, S), triangles a pixel wide, as no crop is larger than S, cut off at its edges."""
+    weights (S, S), triangles that fall to 0 a pixel away, cut off at the crop's edges."""
     size, pixel = x.shape[-1], torch.arange(x.shape[-1], device=x.device)
     area, ratio, (down, right) = draws.split([10, 10, 2])  # ten tries
     area = size**2 * (low + (high - low) * area)
     ratio = torch.exp(math.log(4 / 3) * (2 * ratio - 1))  # log-uniform in [3/4, 4/3]
     height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (height.clamp(1, size) == height) & (width.clamp(1, size) == width)
-    first = fits.float().argmax(0, keepdim=True)  # where none fits, the whole image
+    first = fits.float().argmax(0, keepdim=True)  # the first that fits, or the whole image
     height, width = (torch.where(fits, s, size).gather(0, first)[0] for s in (height, width))
     def weights(length, draw):
         start = (draw * (size - length + 1)).floor()
@@ -252,8 +252,8 @@ def random_crop(x, draws, low, high):
     return weights(height, down) @ x @ weights(width, right).mT
 
 def color_jitter(x, factors, order):
-    """Brightness, contrast, saturation (blends with black, mean gray, gray version by 1 + factor)
-    and hue, 0 to 3, in each image's order; factors, about 0, and order (4, N, 1, 1, 1)."""
+    """Steps 0 to 3, brightness, contrast, saturation (1 + factor of x, -factor of black, mean gray
+    or gray x) and hue, in each image's order (4, N, 1, 1, 1); factors alike, 0 changes nothing."""
     brightness, contrast, saturation, hue = factors
     for step in order:
         gray = rgb_to_grayscale(x)
@@ -264,7 +264,7 @@ def color_jitter(x, factors, order):
     return x
 
 def shift_hue(x, shift):
-    """Turn the hue of x (N, 3, H, W) by shift (N, 1, 1, 1) turns, through HSV, not building it."""
+    """Turn the hue of x (N, 3, H, W) by shift (N, 1, 1, 1) turns, by HSV's formulas without HSV."""
     value, (r, g, b) = x.amax(1, keepdim=True), x.split(1, dim=1)
     chroma = value - x.amin(1, keepdim=True)
     hue = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g))
@@ -278,13 +278,13 @@ def gaussian_blur(x, sigma):
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
     kernel = (kernel / kernel.sum(3, keepdim=True)).repeat_interleave(x.shape[1], dim=0)
     y = F.pad(x, [radius] * 4, mode="reflect").view(1, groups, *[size + 2 * radius] * 2)
-    y = F.conv2d(y, kernel, groups=groups)  # separable too
+    y = F.conv2d(y, kernel, groups=groups)  # along rows, then columns
     return F.conv2d(y, kernel.mT, groups=groups).view(x.shape)
 
 # ==== 5. Backbone and heads [shared] ==============================================================
 def build_backbone(arch, size):
     """Return the backbone (N, 3, size, size) -> (N, F) and F; up to 64 pixels ResNets get the CIFAR
-    stem. convnet, for CPUs, ends with the identity skip that DirectCLR leans on, as they do."""
+    stem. convnet, for CPUs, ends like them with an identity skip, on which DirectCLR relies."""
     if arch == "convnet":
         stages = ((3, 32, 2), (32, 64, 1), (64, 128, 2), (128, 256, 2))
         layers = [torchvision.ops.Conv2dNormActivation(a, b, 3, stride) for a, b, stride in stages]
@@ -298,7 +298,7 @@ def build_backbone(arch, size):
     return backbone, num_features
 
 class Model(nn.Module):
-    """Backbone f, head g and the online probe, which learns from labels and teaches no one."""
+    """Backbone f, head g and the online probe, which learns from labels; its gradient ends at h."""
     def __init__(self, args, size, classes):
         super().__init__()
         self.backbone, num_features = build_backbone(args.arch, size)
@@ -323,7 +323,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=10):
 
 def linear_probe(train_x, train_y, test_x, test_y, steps=400):
     """Accuracy in percent of multinomial logistic regression on standardised features, equal to
-    scikit-learn's with C = 1 (of two classes C = 2, as both rows of weights are penalised)."""
+    scikit-learn's with C = 1 (of two classes C = 2, as both classes' weights are penalised)."""
     mean, std = train_x.mean(0), train_x.std(0, correction=0).clamp(min=1e-6)
     x, classes = (train_x - mean).div_(std), int(train_y.max()) + 1
     weight, bias = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
@@ -345,7 +345,7 @@ def linear_probe(train_x, train_y, test_x, test_y, steps=400):
 @torch.no_grad()
 def evaluate(model, data, args, linear=True, folder=None):
     """Measure the frozen representation: accuracies in percent, knn, linear and online (the probe
-    trained along), and its effective rank. A folder gets embeddings.pt and neighbours.png."""
+    trained alongside); its effective rank. Into folder go embeddings.pt and neighbours.png."""
     for buffer in model.buffers() if WORLD > 1 else ():
         dist.broadcast(buffer, 0)  # on CPUs each process has BatchNorm's statistics of its own
     _, images, labels, test_images, test_labels = data
@@ -381,7 +381,7 @@ def evaluate(model, data, args, linear=True, folder=None):
 
 # ==== 7. Optimiser [shared] =======================================================================
 class LARS(torch.optim.SGD):
-    """SGD whose gradients are scaled to eta |w| (You et al. 2017, as in VICReg's official code):
+    """SGD whose gradients get the norm eta |w| (You et al. 2017, as in VICReg's official code):
     decay enters before; biases and BatchNorm (one dimension) get neither decay nor scaling."""
     @torch.no_grad()
     def step(self):
@@ -393,12 +393,12 @@ class LARS(torch.optim.SGD):
         super().step()
 
 def build_optimizer(model, args):
-    """SGD or LARS; SGD slower for a head with a rate, the probe's own, neither decayed nor LARS."""
+    """SGD or LARS. SGD slows the head by head.rate; the probe has plain SGD at 0.1 and no decay."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
     slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
     rates = (model.backbone, lr), (model.head, lr * slower), (model.probe, 0.1)
     groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate,
-               "peak_lr": rate, "eta": 0.001, "decay": args.weight_decay,
+               "peak_lr": rate, "eta": 0.001, "decay": args.weight_decay,  # LARS's
                "weight_decay": args.weight_decay * sgd} for part, rate in rates]
     groups[-1].update(weight_decay=0.0, eta=0.0)  # the probe's
     fused = sgd and groups[0]["params"][0].is_cuda
@@ -408,7 +408,7 @@ def build_optimizer(model, args):
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 DIVERGED, SAVE_EVERY = 3, 60.0  # exit code where training is not finite; seconds between saves
-FREE = ("data", "data_dir", "device", "compile", "deterministic", "workers")  # on --resume
+FREE = ("data", "data_dir", "device", "compile", "deterministic", "workers")  # --resume may change
 POSITIVE = ("dim", "temperature", "lr", "epochs", "mu", "eps")  # flags that must not be 0
 
 def fail(message, code=2):
@@ -417,7 +417,7 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 def derive_seed(*keys):
-    """A seed from whole numbers: every draw is a function of (seed, what, when), none is saved."""
+    """A seed from (--seed, what, when), none saved; what: 0 weights, 1 order, 2 draws, 3 crops."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 def choose_device(args):
@@ -478,7 +478,7 @@ def save(value, path):
         fail(f"cannot write {path}: {error}; what was saved before is still there")
 
 def load_checkpoint(run):
-    """Read RUN/last.pt, tensors and numbers only: no code in it can run. Ends where it cannot."""
+    """Read RUN/last.pt, tensors and numbers only: no code in it can run. Fails with one line."""
     try:
         state = torch.load(Path(run, "last.pt"), map_location="cpu", weights_only=True, mmap=True)
         method, _ = state["method"], {**state["args"]}
@@ -489,7 +489,7 @@ def load_checkpoint(run):
 
 # ==== 9. Training [shared] ========================================================================
 def parse_args(argv=None):
-    """Parse the command line; with --resume the run's own arguments, which must not be gainsaid."""
+    """Parse the command line; with --resume the run's own arguments, of which few may change."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add = fail, parser.add_argument
@@ -498,15 +498,15 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="where downloaded data sets are kept")
     add("--image-size", type=int, default=0, help="of a folder; 0: its files' median, at most 224")
     add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="that read a folder")
-    add("--holdout", type=int, default=0, help="test on so many training images, held out")
+    add("--holdout", type=int, default=0, help="test on this many training images, held out")
     add("--arch", choices=("convnet", "resnet18", "resnet34", "resnet50"), default="resnet18")
     add("--crop", type=float, nargs=2, default=[0.2, 1.0], help="smallest and largest area")
     add("--jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.1], help="strengths, hue last")
     add("--gray", type=float, default=0.1, help="probability of grayscale")
-    add("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
-    add("--solarize", type=float, nargs=2, default=[0.0, 0.0], help="probability in either view")
+    add("--blur", type=float, nargs=2, default=[0.0, 0.0], help="probability for each view")
+    add("--solarize", type=float, nargs=2, default=[0.0, 0.0], help="probability for each view")
     add("--epochs", type=int, default=100, help="passes over the training images")
-    add("--steps", type=int, default=0, help="stop after so many in all, as in a dry run; 0: never")
+    add("--steps", type=int, default=0, help="stop after this many in all, for a dry run; 0: never")
     add("--batch-size", type=int, default=512, help="images, of all processes together")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
@@ -545,7 +545,7 @@ def parse_args(argv=None):
     return args
 
 def plan(n, args, steps, device):
-    """Yield epoch and index (batch size,) of this process's images for each of a range of steps."""
+    """Yield epoch and index (n,) of this process's part of the batch, for a range of steps."""
     for step in steps:
         epoch, position = divmod(step, n // args.batch_size)
         if position == 0 or step == steps[0]:
@@ -553,13 +553,13 @@ def plan(n, args, steps, device):
             order = torch.randperm(n, generator=generator).to(device)
         yield epoch, order[position * args.batch_size :][: args.batch_size].chunk(WORLD)[RANK]
 
-def train_step(network, optimizer, scaler, view, images, labels, draws, args, dtype):
+def train_step(network, optimizer, scaler, make_view, images, labels, draws, args, dtype):
     """One update on this process's images, uint8 (n, 3, S, S) or pairs of crops (n, 2, 3, S, S),
     with labels (n,) and draws (2, DRAWS, n, 1, 1, 1); loss and parts of the global batch."""
-    views = [view(images, draws[i], i, args, dtype) for i in (0, 1)]
+    views = [make_view(images, draws[i], i, args, dtype) for i in (0, 1)]
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         outputs = network(*views)
-    z1, z2, logits = (gather(output.float()) for output in outputs)  # (N, ..)
+    z1, z2, logits = (gather(output.float()) for output in outputs)  # (N, ...), of all processes
     loss, parts = loss_fn(z1, z2, args)
     labels = gather(labels)
     online = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
@@ -572,13 +572,13 @@ def train_step(network, optimizer, scaler, view, images, labels, draws, args, dt
     return {"loss": loss.detach(), **parts, "probe": online.detach()}
 
 def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
-    """Train from state["step"] to the end, keeping state; the signal that stopped it, or 0."""
+    """Train from state["step"] to the end, updating state; return the signal received, or 0."""
     device, (_, images, labels, *_) = model.probe[1].weight.device, data
-    epoch_steps, view, network = len(labels) // args.batch_size, augment, model
+    epoch_steps, make_view, network = len(labels) // args.batch_size, augment, model
     steps, warmup = args.epochs * epoch_steps, args.warmup * args.epochs * epoch_steps
     span = range(state["step"], min(steps, args.steps or steps))
     if args.compile:
-        view = torch.compile(augment)
+        make_view = torch.compile(augment)
         WORLD > 1 or model.compile()  # SyncBatchNorm would break it to pieces
     if WORLD > 1:
         network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -590,13 +590,13 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
             stack.callback(signal.signal, signum, handler)
         for step, (epoch, index), batch in zip(span, plans[0], fetch(images, plans[1], device)):
             rate = min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(
-                math.pi * max(0, step - warmup) / max(1, steps - warmup)))  # a cosine to zero
+                math.pi * max(0, step - warmup) / max(1, steps - warmup)))  # up, then a cosine to 0
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
             torch.manual_seed(derive_seed(args.seed, 2, step))  # on the CPU: alike for all GPUs
             draws = torch.rand(2, DRAWS, args.batch_size, 1, 1, 1).chunk(WORLD, dim=2)[RANK]
             draws = draws.pin_memory() if device.type == "cuda" else draws
-            parts = train_step(network, optimizer, scaler, view, batch,
+            parts = train_step(network, optimizer, scaler, make_view, batch,
                                labels[index].to(device, non_blocking=True),
                                draws.to(device, non_blocking=True), args, dtype)
             position, sums = step % epoch_steps + 1, torch.stack([*parts.values()])
@@ -609,7 +609,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
             record = dict(zip(parts, (state["sums"] / position).tolist()))
             weights = [t for t in model.state_dict().values() if t.is_floating_point()]
             finite = torch.stack([*torch._foreach_norm(weights), *state["sums"]]).isfinite().all()
-            finite and scaler.get_scale() >= 2**-10 or fail(  # fp16 skips steps until it is tiny
+            finite and scaler.get_scale() >= 2**-10 or fail(  # fp16: each bad step halves it
                 f"training is not finite after step {step + 1}: {record}; the last checkpoint "
                 "stays; try a smaller --lr or --precision fp32", DIVERGED)
             pace = (time.time() - start) / (step + 1 - span.start)
@@ -625,10 +625,10 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
                 saved = time.time()
             if stop:
                 break
-        return agree(caught[-1])  # one that ends before the first has saved would end that too
+        return agree(caught[-1])  # waits until process 0 has saved: torchrun ends all with one
 
 def main(argv=None):
-    """Train and evaluate; the final metrics, accuracies in percent, as in the log's last line."""
+    """Train and evaluate; return the final metrics, those of the log's last line."""
     args = parse_args(argv)
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     device, dtype = choose_device(args)
@@ -694,7 +694,7 @@ if __name__ == "__main__":
         main()
     except OSError as error:  # an unreadable image, a full disk; of a worker's traceback the end
         fail(str(error).strip().splitlines()[-1].removeprefix("OSError: "))
-    finally:  # Python would wait for workers, which ignore SIGTERM, for ever
+    finally:  # workers ignore SIGTERM, and Python would wait for them for ever
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)
         for worker in torch.multiprocessing.active_children():
             worker.kill()

@@ -36,6 +36,9 @@ PUBLISHED = {  # Garrido et al. 2023, Tables 1 and 4; Jing et al. 2022, Tables 1
     "simclr-abs": "68.7", "slice": "62.7", "none": "51.5", "linear": "61.1", "mlp": "66.5",
     "diagonal": "60.2", "orthogonal": "52.2", "lowrank": "62.3", "random": "43.0"}
 SMALL = "--data shapes --precision bf16"
+DIMS = f"interpolate.py {SMALL} --hidden 1024"
+DIMENSIONS = 8, 32, 128, 512, 2048
+TUNED = {}  # D: vicreg's best --cov-coeff of dims-tune, where it is not 1
 HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
 def rows(script, flag, values, flags, name):
@@ -65,10 +68,15 @@ def on_a_gpu(data, name):
 TABLES = {
     "shapes": [Row(f"`python {name}.py --data shapes`", f"{name}.py --data shapes",
                    f"shapes/{name}", "", 3) for name in ("vicreg", "simclr", "directclr")],
-    "dims": [Row(f"`{method}`, D = {dim}", f"interpolate.py {SMALL} --hidden 1024 --method {method}"
-                 f" --dim {dim}", f"dims/{method}-{dim}", "", 3)
+    "dims": [Row(f"`{method}`, D = {dim}", f"{DIMS} --method {method} --dim {dim}",
+                 f"dims/{method}-{dim}", "", 3)
              for method in ("vicreg", "vicreg-exp", "vicreg-ctr", "simclr")
-             for dim in (8, 32, 128, 512, 2048)],
+             for dim in DIMENSIONS] + [
+        Row(f"`vicreg --cov-coeff {c}`, D = {dim}", f"{DIMS} --dim {dim} --cov-coeff {c}",
+            f"dims/vicreg-tuned-{dim}", "", 3) for dim, c in TUNED.items()],
+    "dims-tune": [Row(f"`--dim {dim} --cov-coeff {c}`", f"{DIMS} --dim {dim} --cov-coeff {c} "
+                      "--holdout 1000", f"dims-tune/{dim}-{c}")
+                  for dim in DIMENSIONS for c in (0.04, 0.2, 1, 5)],
     "path-shapes": rows("interpolate.py", "--method", interpolate.PATH, SMALL, "path-shapes"),
     "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes"),
     **on_a_gpu("cifar10", "gpu-cifar10"),
@@ -117,6 +125,32 @@ def write(text, folder):
     return re.sub(
         r"(<!-- table: (\S+) -->\n\n)((?:(?:\||Not trained).*\n)*)",
         lambda old: f"{old[1]}{table(old[2], folder)}\n" + "\n" * (not old[3]), text)
+
+def draw(path):
+    """Accuracies against D, of the table dims: mean and range over seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    finals = {row.name[5:]: [read(name)[-1] for name, _ in runs(row) if read(name)]
+              for row in TABLES["dims"]}
+    with pyplot.rc_context({"font.size": 9, "svg.hashsalt": "0"}):
+        figure, panels = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+        for panel, (title, key) in zip(panels, {"kNN": "knn", "linear probe": "linear"}.items()):
+            for i, method in enumerate(("vicreg", "vicreg-tuned", "vicreg-exp", "vicreg-ctr",
+                                        "simclr")):
+                dims = [dim for dim in DIMENSIONS if finals.get(f"{method}-{dim}")]
+                values = [[final[key] for final in finals[f"{method}-{dim}"]] for dim in dims]
+                mean = [statistics.mean(v) for v in values]
+                spread = [[m - min(v) for m, v in zip(mean, values)],
+                          [max(v) - m for m, v in zip(mean, values)]]
+                panel.errorbar([dim * 1.05**i for dim in dims], mean, spread, label=method,
+                               marker="os^Dv"[i], markersize=4, capsize=2, linewidth=1)
+            panel.set(title=title, xscale="log", xlabel="D", ylabel="accuracy, %")
+            panel.set_xticks(DIMENSIONS, DIMENSIONS)
+            panel.minorticks_off()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                      frameon=False)
+        figure.savefig(path, metadata={"Date": None})
 
 def train(names, jobs, minutes):
     """Train the tables' runs that have no log, `jobs` at a time; how many failed."""
@@ -171,6 +205,7 @@ def main(argv=None):
     if args.command == "write":
         for page in PAGES:
             page.write_text(write(page.read_text(), page.parent))
+        draw(ROOT / ".github" / "dims.svg")
     elif args.command == "run":
         sys.exit(bool(train(args.tables, args.jobs, args.minutes)))
     else:
