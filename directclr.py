@@ -519,12 +519,9 @@ def parse_args(argv=None):
         help="auto: on a GPU bf16 or fp16, whichever it does well, on a CPU fp32")
     add("--compile", action="store_true", help="torch.compile; a minute or two at the start")
     add("--deterministic", action="store_true", help="repeat a run bit for bit on a GPU too")
-    args, saved = parser.parse_args(argv), {}
-    if args.data == "shapes":
-        parser.set_defaults(**SHAPES)
-    if args.resume is not None:
-        saved = load_checkpoint(args.resume)["args"]
-        parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    saved = {} if args.resume is None else load_checkpoint(args.resume)["args"]
+    parser.set_defaults(**{**(SHAPES if args.data == "shapes" else {}), **saved})
     args = parser.parse_args(argv)
     typed = [f"--{k.replace('_', '-')} {getattr(args, k)} (not {v})" for k, v in saved.items()
              if k not in FREE and getattr(args, k) != v]
@@ -536,6 +533,8 @@ def parse_args(argv=None):
                for name, value in vars(args).items() if isinstance(value, (int, float))},
             "0 <= --gray, --blur, --solarize, --jitter, --warmup <= 1, the hue's <= 0.5": all(
                 0 <= x <= 1 for x in shares),
+            "several processes are to be started by torchrun": "RANK" in os.environ or all(
+                os.environ.get(n, "1") == "1" for n in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")),
             "0 < --crop LOW <= HIGH <= 1": 0 < args.crop[0] <= args.crop[1] <= 1,
             f"--batch-size {args.batch_size} is for all processes, a multiple of their number, "
             f"{WORLD}, and two each": args.batch_size % WORLD == 0 and args.batch_size >= 2 * WORLD,
@@ -585,9 +584,10 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
     plans = [plan(len(labels), args, span, labels.device) for _ in (0, 1)]
     start, saved, before, caught = time.time(), time.time(), state["seconds"], [0]
     with contextlib.ExitStack() as stack:
-        for signum in (signal.SIGINT, signal.SIGTERM):  # save, and leave when asked
-            handler = signal.signal(signum, lambda signum, frame: caught.append(signum))
-            stack.callback(signal.signal, signum, handler)
+        with contextlib.suppress(ValueError):  # only the main thread can save when asked to leave
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.signal(signum, lambda signum, frame: caught.append(signum))
+                stack.callback(signal.signal, signum, handler)
         for step, (epoch, index), batch in zip(span, plans[0], fetch(images, plans[1], device)):
             rate = min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(
                 math.pi * max(0, step - warmup) / max(1, steps - warmup)))  # up, then a cosine to 0

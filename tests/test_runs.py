@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -387,6 +388,25 @@ def test_bad_flags(i, flags, capsys, image_folder):
         capsys, SCRIPTS[method], "--device", "cpu", "--data", image_folder, "--batch-size", "20",
         "--workers", "0", *words)
     assert not Path("runs").exists()
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("method", METHODS)
+def test_several_processes_without_torchrun(name, method, capsys, monkeypatch):
+    """Would train the same run as often, or wait for processes that never come."""
+    monkeypatch.setenv(name, "2")
+    assert "by torchrun" in refused(capsys, SCRIPTS[method], "--data", "shapes")
+    monkeypatch.setenv("RANK", "0")
+    SCRIPTS[method].parse_args(["--data", "shapes"])
+
+def test_main_in_a_thread(image_folder):
+    """Where no signal can be caught: as in the main thread."""
+    script, found = SCRIPTS["simclr"], []
+    *_, final, _ = finished(script, image_folder)
+    thread = threading.Thread(target=lambda: found.append(
+        train(script, "--data", image_folder, *TINY, "--out", "run")))
+    thread.start()
+    thread.join()
+    assert found[0]["linear"] == final["linear"] and found[0]["knn"] == final["knn"]
 
 def test_run_folders(image_folder, capsys, monkeypatch):
     """One that holds a run is not written to, one that cannot be made is an OSError, and one of a
