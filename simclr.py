@@ -81,23 +81,23 @@ def loss_fn(z1, z2, args):
 
 # ==== 3. Data [shared] ============================================================================
 def load_data(args):
-    """Return what --data names: classes, then images and labels to train on and to test on. Images
-    are uint8 (n, 3, S, S), a tensor or a Folder, labels int64 (n,), -1 where there is none. Images
-    to test on are, with --holdout or where there are none, the last of a fixed shuffle."""
+    """Return what --data names: classes, images and labels to train on, the same to test on. Images
+    are uint8 (n, 3, S, S), a tensor or a Folder, labels int64 (n,), -1 where there is none."""
     if args.data == "shapes":
         classes, parts = [*"abcdefghij"], [*draw_shapes(5000, seed=1), *draw_shapes(1000, seed=2)]
     elif args.data in ("cifar10", "cifar100", "stl10"):
         classes, parts = download(args.data, args.data_dir)
     else:
         classes, parts = find_images(Path(args.data))
-    if n := args.holdout or (len(parts) == 2) * (1 + len(parts[1]) // 10):  # a tenth
-        known = torch.where(parts[1] >= parts[1].max().clamp(max=0))[0]  # labelled, or all
+    known = torch.where(parts[1] >= parts[1].max().clamp(max=0))[0]  # labelled, or all
+    if n := args.holdout or (len(parts) == 2) * (1 + len(known) // 10):  # a tenth
+        n < len(known) or fail(f"{n} of {len(known)} images held out to test on leave none")
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
-        taken = torch.isin(torch.arange(len(parts[1])), known[order[-n:]])
+        taken = torch.isin(torch.arange(len(parts[1])), known[order[-n:]]).numpy()
         parts = [part[which] for which in (~taken, taken) for part in parts[:2]]
     if isinstance(parts[0], np.ndarray):  # files' names
         sides = [min(open_image(f).size) for f in parts[0][:: 1 + len(parts[0]) // 100]]
-        size = args.image_size or max(8, min(224, int(np.median(sides or [0]))))
+        size = max(8, args.image_size or min(224, int(np.median(sides))))
         parts[::2] = [Folder(files, size, args) for files in parts[::2]]
     return classes, *parts
 
@@ -118,17 +118,18 @@ def download(name, root):
 def find_images(root):
     """The same of ROOT/train/CLASS/* and, if there, ROOT/val|test/CLASS/*: files' names, neither
     hidden nor trash. Without ROOT/train, or with one class alone, no image has a label."""
-    endings = tuple(e for e, form in Image.registered_extensions().items() if form in Image.OPEN)
-    trash = "/@eaDir/", "/@Recycle/", "/#recycle/", "/$RECYCLE.BIN/", "/__MACOSX/", "/lost+found/"
+    endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif")
+    trash = "/@eaDir/", "/@Recycle", "/#recycle/", "/$RECYCLE.BIN/", "/__MACOSX/", "/neighbours.png"
     files = [file for file in sorted(glob.glob("**", root_dir=root, recursive=True))
              if file.lower().endswith(endings) and not any(t in f"/{file}" for t in trash)]
-    files or fail(f"--data {root}: no folder with images, nor a data set (cifar10, shapes, ...)")
     places = [[*os.path.dirname(file).split("/"), ""][:2] for file in files]  # split and class
     sets = [[i for i, p in enumerate(places) if p[0] == s] for s in ("train", "val", "test")]
+    sets[0] or files and not os.path.lexists(root / "train") or fail(
+        f"--data {root}: no folder with images (in train/), nor a data set (shapes, cifar10, ...)")
     sets = [rows for rows in sets if rows][:2] if sets[0] else [range(len(files))]
     classes = sorted({places[i][1] for i in sets[0] if places[i][0] == "train"} - {""})
-    unknown = sorted({places[i][1] for rows in sets[1:] for i in rows if classes} - {*classes})
-    unknown and fail(f"--data {root}: classes to test on that train/ lacks: {unknown}")
+    unknown = sorted({places[i][1] for rows in sets[1:] for i in rows} - {*classes})
+    unknown and classes[1:] and fail(f"--data {root}: test images in no class of train/: {unknown}")
     number = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
     return classes, [part for rows in sets for part in (
         np.array([os.fsencode(root / files[i]) for i in rows]),  # one block for all workers
@@ -327,8 +328,7 @@ def linear_probe(train_x, train_y, test_x, test_y, steps=400):
             total = total.detach() + loss.detach()
         return total
     optimizer.step(closure)
-    hits = (((test_x - mean) / std @ weight + bias).argmax(1) == test_y).sum()
-    return 100 * int(hits) / len(test_y)
+    return 100 * (((test_x - mean) / std @ weight + bias).argmax(1) == test_y).float().mean().item()
 
 @torch.no_grad()
 def evaluate(model, data, args, linear=True, folder=None):
@@ -358,7 +358,7 @@ def evaluate(model, data, args, linear=True, folder=None):
         pick = torch.randperm(len(h), generator=torch.Generator().manual_seed(0))[:10000].sort()[0]
         h, y = h[pick.to(device)], test_y.cpu()[pick]
         z = torch.cat([model.head(part) for part in h.split(1000)])
-        paths = [] if torch.is_tensor(test_images) else [*map(os.fsdecode, test_images.files[pick])]
+        paths = [os.fsdecode(test_images.files[i]) for i in pick if hasattr(test_images, "files")]
         save({"h": h.cpu(), "z": z.cpu(), "labels": y, "paths": paths}, folder / "embeddings.pt")
         h, rows = F.normalize(h, dim=1), torch.linspace(0, len(h) - 1, 8).long()
         nearest = pick[(h[rows] @ h.T).topk(min(10, len(h))).indices.cpu()]  # (8, 10), itself first
@@ -417,12 +417,12 @@ def choose_device(args):
     name, best = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"), "fp32"
     try:
         device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
+        device.type == "cuda" and torch.cuda.set_device(device)
         check = torch.compile(torch.square) if args.compile else torch.square
         check(torch.zeros(1, device=device)).cpu()
     except Exception as error:  # each backend has exceptions of its own
         fail(f"--device {name}{' --compile' * args.compile}: cannot be used here ({error})")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         best = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
         args.precision.replace("auto", best)]
@@ -521,7 +521,7 @@ def parse_args(argv=None):
                for name, value in vars(args).items() if isinstance(value, (int, float))},
             "0 <= --gray, --blur, --solarize, --jitter, --warmup <= 1, the hue's <= 0.5": all(
                 0 <= x <= 1 for x in shares),
-            "several processes are to be started by torchrun": "RANK" in os.environ or all(
+            "several processes start by torchrun, not by srun": "RANK" in os.environ or all(
                 os.environ.get(n, "1") == "1" for n in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")),
             "0 < --crop LOW <= HIGH <= 1": 0 < args.crop[0] <= args.crop[1] <= 1,
             f"--batch-size {args.batch_size} is for all processes, a multiple of their number, "
@@ -636,8 +636,8 @@ def main(argv=None):
     optimizer = build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     live = {**dict(model.named_children()), "optimizer": optimizer, "scaler": scaler}
-    state = {"data": [n, size, classes], "step": 0, "seconds": 0.0, "sums": torch.zeros(0),
-             "untrained": {}, "log_bytes": 0}
+    state = {"data": [n, len(data[4]), size, classes], "step": 0, "seconds": 0.0, "untrained": {},
+             "sums": torch.zeros(0), "log_bytes": 0}
     if args.resume is not None:
         try:
             checkpoint = load_checkpoint(args.resume)

@@ -96,12 +96,13 @@ def test_evaluation_of_a_collapsed_network():
 def test_embeddings_and_neighbours(tmp_path):
     """Of a sample of at most 10,000: h, z = g(h), labels; a picture of nearest images."""
     args, model, data = setup(simclr, 10_050, "--head expander --hidden 32")
+    data[3].files = [b"%d" % i for i in range(10_050)]  # as of a Folder
     simclr.evaluate(model, data, args, linear=False, folder=tmp_path)
     h, z, index, paths = torch.load(tmp_path / "embeddings.pt", weights_only=True).values()
     assert (h.shape, z.shape, index.shape) == ((10_000, 256), (10_000, 6), (10_000,))
     assert (h.dtype, z.dtype, index.dtype) == (torch.float32, torch.float32, torch.int64)
     images = data[3][index]
-    assert paths == []
+    assert paths == [str(i) for i in index.tolist()]
     with torch.no_grad():
         torch.testing.assert_close(h, model.eval().backbone(images / 255), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(z, model.head(h), rtol=1e-4, atol=1e-4)

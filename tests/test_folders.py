@@ -150,7 +150,8 @@ def test_what_is_found_in_folders(capsys, image_folder, tmp_path):
     labels where there is no train/ or one class, a tenth of them held out."""
     shutil.copytree(image_folder, tmp_path / "f")
     os.chdir(tmp_path / "f")
-    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "empty", "#1"):
+    for name in (".ipynb_checkpoints", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX",
+                 "empty", "#1"):
         os.mkdir(f"train/{name}")
         name == "empty" or shutil.copy("train/a/0000.png", f"train/{name}")
     for name in ("train/a/.0000.png", "train/loose.PNG", "train/a/#.png"):
@@ -162,11 +163,16 @@ def test_what_is_found_in_folders(capsys, image_folder, tmp_path):
     assert {*test_y.tolist()} == {*range(1, 11)}
     os.mkdir("test/sun")
     shutil.copy("train/a/0000.png", "test/sun")
-    assert "classes to test on that train/ lacks: ['sun']" in refused(capsys, simclr, "--data", ".")
+    assert "in no class of train/: ['sun']" in refused(capsys, simclr, "--data", ".")
     os.rename("test", "elsewhere")
     classes, images, y, held, held_y = load_data(".")
     assert len(held_y) == 9 and len({*images.files, *held.files}) == 83 == len(y) + 9
     assert min(held_y) >= 0 and len(classes) == 11
+    for i in range(200):
+        os.symlink("a/0000.png", f"train/{i}.png")
+    assert len(load_data(".")[-1]) == 9 and min(load_data(".")[-1]) >= 0  # a tenth of the labelled
+    for i in range(200):
+        os.unlink(f"train/{i}.png")
     os.rename("train", "pictures")
     classes, images, y, held, held_y = load_data(".")  # also those that were to test on
     assert classes == [] and {*y.tolist(), *held_y.tolist()} == {-1}
@@ -176,20 +182,22 @@ def test_what_is_found_in_folders(capsys, image_folder, tmp_path):
     shutil.copytree("pictures/b", "train/b")
     classes, images, y, held, held_y = load_data(".")
     assert classes == ["b"] and y.tolist() == [-1] * 8 and held_y.tolist() == [-1]
+    shutil.rmtree("train")
+    os.symlink("nowhere", "train")  # what was to be mounted is not
     os.mkdir("none")
-    for folder in ("none", "pictures/a/notes.txt"):
+    for folder in ("none", "pictures/a/notes.txt", "."):
         assert "no folder with images" in refused(capsys, simclr, "--data", folder)
 
-@pytest.mark.parametrize("data", ["folder", "one class"])
+@pytest.mark.parametrize("data", ["folder", "one class", "one test image"])
 def test_images_without_labels_train(data, image_folder, tmp_path):
     """Loss and rank are logged, no accuracy is; the embeddings tell which file they are of."""
-    where = image_folder / "train"
+    where = image_folder / ("train/a" if data == "one test image" else "train")
     if data == "one class":
         where = tmp_path / "root"
         for name in ("train/a", "test/a"):
             shutil.copytree(image_folder / name, where / name)
     final = train(simclr, "--data", where, *TINY, "--batch-size", "4", "--out", "run")
-    assert {*final} == {"rank", "rank_untrained", "step", "seconds"} and final["rank"] > 1
+    assert {*final} == {"rank", "rank_untrained", "step", "seconds"} and final["rank"] >= 1
     kept = torch.load("run/embeddings.pt", weights_only=True)
     assert len(kept["h"]) == len(kept["paths"]) and {*kept["labels"].tolist()} == {-1}
     images = simclr.Folder([os.fsencode(path) for path in kept["paths"]], 16, None)

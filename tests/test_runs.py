@@ -374,7 +374,7 @@ BAD_FLAGS = {
     "--optimizer adam": "invalid choice", "--device warp": "cannot be used here",
     "--device cuda:99": "cannot be used here", "--device=": "cannot be used here",
     "--data nowhere": "no folder with images", "--resume nowhere": "last.pt is missing",
-    "--resume=": "last.pt is missing", "--holdout 80": "only 0 images",
+    "--resume=": "last.pt is missing", "--holdout 80": "80 of 80 images held out",
     "--batch-size 81": "only 80 images to train on", "simclr --head moco": "invalid choice",
     "simclr --temperature 0": "above 0", "directclr --dim 600": "more than the 512 features",
     "interpolate --alpha 2": "at most 1", "interpolate --mu 0": "above 0",
