@@ -209,7 +209,7 @@ def trained(tmp_path_factory):
         patch.setattr(interpolate, "load_data", lambda args: ([*"abcdefghij"], *data))
         interpolate.main(f"--data shapes --method vicreg-ctr --dim 32 --hidden 32 --batch-size 20 "
                          f"--epochs 3 --out {out}".split())
-    return torch.load(out / "embeddings.pt")["z"].double()
+    return torch.load(out / "embeddings.pt", weights_only=True)["z"].double()
 
 @pytest.fixture(params=["tall", "wide", "trained"])
 def z(request):
