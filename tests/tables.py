@@ -76,7 +76,7 @@ TABLES = {
             f"dims/vicreg-tuned-{dim}", "", 3) for dim, c in TUNED.items()],
     "dims-tune": [Row(f"`--dim {dim} --cov-coeff {c}`", f"{DIMS} --dim {dim} --cov-coeff {c} "
                       "--holdout 1000", f"dims-tune/{dim}-{c}")
-                  for dim in DIMENSIONS for c in (0.04, 0.2, 1, 5)],
+                  for dim in DIMENSIONS for c in (0.04, 0.2, 1, 5, 25)],
     "path-shapes": rows("interpolate.py", "--method", interpolate.PATH, SMALL, "path-shapes"),
     "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes"),
     **on_a_gpu("cifar10", "gpu-cifar10"),
