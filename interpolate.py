@@ -111,8 +111,8 @@ def build_head(num_features, args):
     """Return the projector g: (N, F) -> (N, D); the expander ends without BatchNorm or ReLU."""
     methods = {args.method, args.blend or args.method}
     args.alpha <= 1 or fail("--alpha is at most 1")
-    args.dim > 1 or not methods & {"vicreg-exp", "vicreg-ctr"} or fail(
-        "--dim 1 leaves vicreg-exp and vicreg-ctr nothing to contrast; at least 2")
+    args.dim > 2 or not methods & {"vicreg-exp", "vicreg-ctr"} or fail(
+        f"--dim {args.dim} leaves vicreg-exp and vicreg-ctr, which diverge, too little; at least 3")
     args.normalize == "classical" or any(m.startswith(("simclr", "dcl")) for m in methods) or fail(
         f"--normalize {args.normalize} is for simclr and dcl, not for {args.method}")
     hidden = args.hidden or max(1024, args.dim)

@@ -379,7 +379,7 @@ BAD_FLAGS = {
     "simclr --temperature 0": "above 0", "directclr --dim 600": "more than the 512 features",
     "interpolate --alpha 2": "at most 1", "interpolate --mu 0": "above 0",
     "interpolate --normalize A": "is for simclr and dcl",
-    "interpolate --method vicreg-exp --dim 1": "nothing to contrast"}
+    "interpolate --method vicreg-exp --dim 2": "at least 3"}
 
 @pytest.mark.parametrize("i, flags", [*enumerate(BAD_FLAGS)])
 def test_bad_flags(i, flags, capsys, image_folder):
