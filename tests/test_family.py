@@ -20,9 +20,9 @@ METHOD_FLAGS = {  # the flags in which each script differs from the others, the 
                       "std-coeff cov-coeff mu off-diagonal eps tcr-coeff lr",
 }
 BUDGET = {  # changed lines of the diff; may only go down
-    ("simclr.py", "vicreg.py"): 85,
-    ("simclr.py", "directclr.py"): 104,
-    ("vicreg.py", "interpolate.py"): 231,
+    ("simclr.py", "vicreg.py"): 84,
+    ("simclr.py", "directclr.py"): 100,
+    ("vicreg.py", "interpolate.py"): 229,
 }
 
 def test_every_script_is_covered():

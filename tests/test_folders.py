@@ -126,6 +126,10 @@ def test_deep_images_are_refused_by_name(tmp_path):
             for part in (header, rows, b"IEND")))
     for kind in (np.uint16, np.int32, np.float32):
         Image.fromarray(kind([[1, 70]])).save(tmp_path / f"{kind.__name__}.tif")
+    tags = {256: 1, 257: 1, 258: 122, 259: 1, 262: 5, 273: 130, 277: 4, 278: 1, 279: 8}
+    (tmp_path / "cmyk.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, 9) + b"".join(
+        struct.pack("<HHII", tag, 3, 4 if tag == 258 else 1, value)
+        for tag, value in tags.items()) + struct.pack("<I4H", 0, *[16] * 4) + bytes(range(8)))
     for file in tmp_path.iterdir():
         with pytest.raises(OSError, match=f"/{file.name}' cannot be used: more than 8 bits"):
             simclr.open_image(os.fsencode(file))
