@@ -133,6 +133,8 @@ def draw(path):
     from matplotlib import pyplot
     finals = {row.name[5:]: [read(name)[-1] for name, _ in runs(row) if read(name)]
               for row in TABLES["dims"]}
+    for dim in DIMENSIONS:
+        finals.setdefault(f"vicreg-tuned-{dim}", finals.get(f"vicreg-{dim}"))
     with pyplot.rc_context({"font.size": 9, "svg.hashsalt": "0"}):
         figure, panels = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
         for panel, (title, key) in zip(panels, {"kNN": "knn", "linear probe": "linear"}.items()):
