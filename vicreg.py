@@ -134,7 +134,7 @@ def find_images(root):
     trash = "/@eaDir/", "/@Recycle", "/#recycle/", "/$RECYCLE.BIN/", "/__MACOSX/", "/neighbours.png"
     files = [file for file in sorted(glob.glob("**", root_dir=root, recursive=True))
              if file.lower().endswith(endings) and not any(t in f"/{file}" for t in trash)]
-    places = [[*os.path.dirname(file).split("/"), ""][:2] for file in files]  # split and class
+    places = [[*os.path.dirname(file).split(os.sep), ""][:2] for file in files]  # split and class
     sets = [[i for i, p in enumerate(places) if p[0] == s] for s in ("train", "val", "test")]
     sets[0] or files and not os.path.lexists(root / "train") or fail(
         f"--data {root}: no folder with images (in train/), nor a data set (shapes, cifar10, ...)")
