@@ -158,7 +158,8 @@ def test_what_is_found_in_folders(capsys, image_folder, tmp_path):
                  "empty", "#1"):
         os.mkdir(f"train/{name}")
         name == "empty" or shutil.copy("train/a/0000.png", f"train/{name}")
-    for name in ("train/a/.0000.png", "train/loose.PNG", "train/a/#.png"):
+    for name in ("train/a/.0000.png", "neighbours.png", "train/loose.PNG", "train/a/#.png",
+                 "train/a/neighbours.png"):
         shutil.copy("train/a/0000.png", name)
     Path("train/a/notes.txt").write_text("no image")
     classes, images, y, *_, test_y = load_data(".")
