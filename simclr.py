@@ -12,8 +12,7 @@ ICLR 2023: reaches VICReg's accuracy with --head expander --temperature 0.15. Th
 has no BatchNorm; defaults are for CIFAR-10, the papers' are flags.
 
 Run     python simclr.py --data shapes (drawn images, a minute on a CPU); without it CIFAR-10
-Shapes  N images in the batch of all processes (n: of this one), S x S pixels, F features of f,
-        D dims of the embedding; h (N, F) representation, z1 z2 (N, D) embeddings
+Shapes  N images in the batch (n: of a process), S x S pixels; features h (N, F), embeddings (N, D)
 """
 
 # ==== 1. Imports [shared] =========================================================================
@@ -198,8 +197,7 @@ def draw_shapes(n, seed, size=32):
     return (images * 255).round().to(torch.uint8), labels
 
 # ==== 4. Augmentation [shared] ====================================================================
-# All images of a batch at once, each with parameters of its own, (N, 1, 1, 1), equal to
-# torchvision's functional transforms on floats in [0, 1] when given the same parameters.
+# A whole batch, each image by parameters of its own, equal to torchvision's transforms of floats.
 DRAWS = 36  # uniform random numbers that one view of one image takes
 
 def augment(images, draws, view, args, dtype=torch.float32):
@@ -213,12 +211,10 @@ def augment(images, draws, view, args, dtype=torch.float32):
     if any(args.jitter):
         factors = [strength * (2 * u - 1) for strength, u in zip(args.jitter, jitter)]
         x = torch.where(jittered < 0.8, color_jitter(x, factors, order.argsort(0)), x)
-    if args.gray:
-        x = torch.where(gray < args.gray, rgb_to_grayscale(x), x)
+    x = torch.where(gray < args.gray, rgb_to_grayscale(x), x)
     if args.blur[view]:
         x = torch.where(blurred < args.blur[view], gaussian_blur(x, 0.1 + 1.9 * sigma), x)
-    if args.solarize[view]:
-        x = torch.where((solar < args.solarize[view]) & (x >= 0.5), 1 - x, x)
+    x = torch.where((solar < args.solarize[view]) & (x >= 0.5), 1 - x, x)
     return x.to(dtype, memory_format=torch.channels_last)
 
 def random_crop(x, draws, low, high):
@@ -496,6 +492,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=100, help="passes over the training images")
     add("--steps", type=int, default=0, help="stop after this many in all, for a dry run; 0: never")
     add("--batch-size", type=int, default=512, help="images, of all processes together")
+    add("--weights", metavar="FILE", help="start from a backbone.pt or torchvision's state dict")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="LARS is the ImageNet recipes'")
     add("--weight-decay", type=float, default=5e-4, help="L2 penalty")
     add("--warmup", type=float, default=0.1, help="part of the training in which the rate rises")
@@ -540,14 +537,14 @@ def plan(n, args, steps, device):
             order = torch.randperm(n, generator=generator).to(device)
         yield epoch, order[position * args.batch_size :][: args.batch_size].chunk(WORLD)[RANK]
 
-def train_step(network, optimizer, scaler, make_view, images, labels, draws, args, dtype):
+def train_step(network, optimizer, scaler, view_fn, criterion, images, labels, draws, args, dtype):
     """One update on this process's images, uint8 (n, 3, S, S) or pairs of crops (n, 2, 3, S, S),
     with labels (n,) and draws (2, DRAWS, n, 1, 1, 1); loss and parts of the global batch."""
-    views = [make_view(images, draws[i], i, args, dtype) for i in (0, 1)]
+    views = [view_fn(images, draws[i], i, args, dtype) for i in (0, 1)]
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         outputs = network(*views)
     z1, z2, logits = (gather(output.float()) for output in outputs)  # (N, ...), of all processes
-    loss, parts = loss_fn(z1, z2, args)
+    loss, parts = criterion(z1, z2, args)
     labels = gather(labels)
     online = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
     online = online / (labels >= 0).sum().clamp(min=1)
@@ -561,12 +558,12 @@ def train_step(network, optimizer, scaler, make_view, images, labels, draws, arg
 def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
     """Train from state["step"] to the end, updating state; return the signal received, or 0."""
     device, (_, images, labels, *_) = model.probe[1].weight.device, data
-    epoch_steps, make_view, network = len(labels) // args.batch_size, augment, model
+    epoch_steps, network = len(labels) // args.batch_size, model
     steps, warmup = args.epochs * epoch_steps, args.warmup * args.epochs * epoch_steps
     span = range(state["step"], min(steps, args.steps or steps))
-    if args.compile:
-        make_view = torch.compile(augment)
-        WORLD > 1 or model.compile()  # SyncBatchNorm would break it to pieces
+    view_fn, criterion = (torch.compile(f) if args.compile else f for f in (augment, loss_fn))
+    args.compile and print("the first step compiles, which takes a minute or two", flush=True)
+    args.compile and WORLD == 1 and model.compile()  # SyncBatchNorm would break it to pieces
     if WORLD > 1:
         network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     plans = [plan(len(labels), args, span, labels.device) for _ in (0, 1)]
@@ -584,7 +581,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
             torch.manual_seed(derive_seed(args.seed, 2, step))  # on the CPU: alike for all GPUs
             draws = torch.rand(2, DRAWS, args.batch_size, 1, 1, 1).chunk(WORLD, dim=2)[RANK]
             draws = draws.pin_memory() if device.type == "cuda" else draws
-            parts = train_step(network, optimizer, scaler, make_view, batch,
+            parts = train_step(network, optimizer, scaler, view_fn, criterion, batch,
                                labels[index].to(device, non_blocking=True),
                                draws.to(device, non_blocking=True), args, dtype)
             position, sums = step % epoch_steps + 1, torch.stack([*parts.values()])
@@ -595,8 +592,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
                 continue
             # only here does the loop wait for the device
             record = dict(zip(parts, (state["sums"] / position).tolist()))
-            weights = [t for t in model.state_dict().values() if t.is_floating_point()]
-            finite = torch.stack([*torch._foreach_norm(weights), *state["sums"]]).isfinite().all()
+            finite = all(t.isfinite().all() for t in (*model.state_dict().values(), state["sums"]))
             finite and scaler.get_scale() >= 2**-10 or fail(  # fp16: each bad step halves it
                 f"training is not finite after step {step + 1}: {record}; the last checkpoint "
                 "stays; try a smaller --lr or --precision fp32", DIVERGED)
@@ -638,15 +634,21 @@ def main(argv=None):
     live = {**dict(model.named_children()), "optimizer": optimizer, "scaler": scaler}
     state = {"data": [n, len(data[4]), size, classes], "step": 0, "seconds": 0.0, "untrained": {},
              "sums": torch.zeros(0), "log_bytes": 0}
-    if args.resume is not None:
-        try:
+    try:
+        if args.resume is not None:
             checkpoint = load_checkpoint(args.resume)
             checkpoint["data"] == state["data"] or fail(f"{args.data} is not the run's data")
             for name in [name for name in live if checkpoint[name]]:  # no scaler without fp16
                 live[name].load_state_dict(checkpoint[name])
             state = {name: type(old)(checkpoint[name]) for name, old in state.items()}
-        except Exception as error:  # whatever an edited file can bring about
-            fail(f"--resume {args.resume}: last.pt does not fit: {error}")
+        elif args.weights:
+            own = model.backbone.state_dict()  # keeps a stem of another size, has no fc
+            weights = torch.load(args.weights, map_location="cpu", weights_only=True).items()
+            model.backbone.load_state_dict({
+                k: own[k] if k == "conv1.weight" and own[k].shape != w.shape else w
+                for k, w in weights if not k.startswith("fc.")})
+    except Exception as error:  # whatever an edited file can bring about
+        fail(f"{args.resume or args.weights} does not fit: {error}")
     folder, log = (None, None) if RANK else open_run(args, state["log_bytes"])
     def report(record, logged=True):
         RANK or not logged or log.write(json.dumps(record) + "\n")

@@ -6,6 +6,7 @@
 (d) a streamed folder against a bare DataLoader that decodes and crops the same images
 (e) analyze.py's measures of 50,000 embeddings of 8192 dimensions: a quarter of an hour on two
     cores, so only where --parts names it
+(f) the memory of the README's ImageNet recipes, counted without a GPU; only where named, too
 
 python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512 1024] [--parts abcd]
 """
@@ -15,15 +16,19 @@ import ctypes
 import importlib
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import torch
 import torchvision
 import torchvision.transforms.v2 as v2
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import analyze  # noqa: E402
@@ -84,7 +89,6 @@ def mebibytes(size):
 
 class Steps:
     """One script's method ready to train: its full step, its bare passes, its augmentation."""
-
     def __init__(self, command, batch_size, device, args):
         torch._dynamo.reset()  # compiled for these shapes, as in training
         name, *flags = command.split()
@@ -97,32 +101,28 @@ class Steps:
         self.model = script.Model(run, 32, 10).to(device, memory_format=torch.channels_last)
         self.optimizer = script.build_optimizer(self.model, run)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.view = script.augment
+        self.view, self.loss = script.augment, script.loss_fn
         if args.compile:
             self.model.compile()
-            self.view = torch.compile(script.augment)
+            self.view, self.loss = torch.compile(script.augment), torch.compile(script.loss_fn)
         self.images, self.labels = (part.to(device) for part in script.draw_shapes(batch_size, 1))
         x = self.images.float().div(255).contiguous(memory_format=torch.channels_last)
         self.views = [x.to(self.dtype), x.flip(3).to(self.dtype)]  # two: one would be passed once
-
     def draws(self):
         draws = torch.rand(2, self.script.DRAWS, len(self.images), 1, 1, 1)
         if self.images.is_cuda:
             draws = draws.pin_memory()
         return draws.to(self.images.device, non_blocking=True)
-
     def step(self):
         return self.script.train_step(
-            self.model, self.optimizer, self.scaler, self.view, self.images, self.labels,
-            self.draws(), self.run, self.dtype)
-
+            self.model, self.optimizer, self.scaler, self.view, self.loss, self.images,
+            self.labels, self.draws(), self.run, self.dtype)
     def bare(self):
         self.model.zero_grad(set_to_none=True)
         device = self.images.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             z1, z2, _ = self.model(*self.views)
         (z1.float().sum() + z2.float().sum()).backward()
-
     def augment(self):
         draws = self.draws()
         return [self.view(self.images, draws[i], i, self.run, self.dtype) for i in (0, 1)]
@@ -143,7 +143,6 @@ def part_a(device, args):
 
 class TwoViews(torch.utils.data.Dataset):
     """The usual way: torchvision v2 transforms, one image at a time, in worker processes."""
-
     def __init__(self, images):
         self.images = images
         jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
@@ -151,10 +150,8 @@ class TwoViews(torch.utils.data.Dataset):
             v2.RandomResizedCrop(images.shape[-1], scale=(0.2, 1.0), antialias=True),
             v2.RandomHorizontalFlip(), v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.1),
             v2.ToDtype(torch.float32, scale=True)])
-
     def __len__(self):
         return len(self.images)
-
     def __getitem__(self, index):
         return self.transform(self.images[index]), self.transform(self.images[index])
 
@@ -211,13 +208,10 @@ def part_c(device, args):
 class BareCrops(torch.utils.data.Dataset):
     """The usual way to stream: torchvision opens an image and crops it twice, in worker processes.
     """
-
     def __init__(self, paths):
         self.paths, self.crop = paths, v2.RandomResizedCrop(224, scale=(0.2, 1.0), antialias=True)
-
     def __len__(self):
         return len(self.paths)
-
     def __getitem__(self, index):
         image = torchvision.datasets.folder.default_loader(self.paths[index])
         image = v2.functional.pil_to_tensor(image)
@@ -273,7 +267,45 @@ def part_e(device, args):
         row(f"`{function.__name__}`", f"{time.perf_counter() - start:.0f}",
             f"{status('VmHWM') / 2**30:.2f}")
 
-PARTS = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e}
+class Allocated(TorchDispatchMode):
+    """Bytes of all tensors made under it, now and at their peak."""
+    now = peak = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        for x in torch.utils._pytree.tree_leaves(output):
+            storage = x.untyped_storage() if torch.is_tensor(x) else None
+            if storage is not None and not hasattr(storage, "counted"):
+                storage.counted, size = True, storage.nbytes()
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, size)
+        return output
+    def free(self, size):
+        self.now -= size
+
+def part_f(device, args):
+    print("\n(f) Tensors of two training steps, one GPU of eight, bf16, counted on tensors without "
+          "data; the allocator's,\ncuDNN's and NCCL's own come on top.")
+    table("recipe", "GiB at the peak")
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    flags = re.search('IMAGENET="(.*)"', text)[1].split()
+    for name, own in re.findall(r"`torchrun --nproc-per-node 8 (\w+)\.py \$IMAGENET (.*?)`", text):
+        script = importlib.import_module(name)
+        run = script.parse_args([*flags, *own.split()])
+        n = run.batch_size // 8
+        script.gather = lambda x: torch.cat([x, *(torch.empty_like(x) for _ in range(7))])
+        with FakeTensorMode(), Allocated() as allocated:
+            model = script.Model(run, 224, 1000)
+            optimizer = script.build_optimizer(model, run)
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            for _ in range(2):
+                script.train_step(
+                    model, optimizer, scaler, script.augment, script.loss_fn,
+                    torch.zeros(n, 2, 3, 224, 224, dtype=torch.uint8), torch.zeros(n).long(),
+                    torch.rand(2, script.DRAWS, n, 1, 1, 1), run, torch.bfloat16)
+        row(f"`{name}.py {own}`", f"{allocated.peak / 2**30:.1f}")
+
+PARTS = {"f": part_f, "a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e}
 
 def main():
     parser = argparse.ArgumentParser(
@@ -283,7 +315,7 @@ def main():
     parser.add_argument("--batch-size", type=int, nargs="+",
                         help="default: 512 1024 on a GPU, 256 on a CPU; parts but (a): the first")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    parser.add_argument("--compile", action="store_true", help="torch.compile network and views")
+    parser.add_argument("--compile", action="store_true", help="network, views and loss")
     parser.add_argument("--parts", default="abcd", help="which of a to e to run")
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -52,11 +52,6 @@ def drift(texts):
                     theirs[3].splitlines(True), mine[3].splitlines(True), first, name)))
     return found
 
-def changed_lines(a, b):
-    """Number of lines that a unified diff of two texts adds or takes away."""
-    lines = difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="")
-    return sum(line[0] in "+-" for line in lines if not line.startswith(("+++", "---")))
-
 def fix(source, target):
     """Return target with every [shared] section replaced by source's of the same number."""
     shared = {part[0]: part for part in sections(source) if part[2] == "shared"}

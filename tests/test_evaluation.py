@@ -122,8 +122,8 @@ def test_online_probe_teaches_no_one():
     (args, model, data), gradients = setup(simclr, 16), []
     optimizer, draws = torch.optim.SGD(model.parameters(), 0.0), torch.rand(2, 36, 16, 1, 1, 1)
     for y in (torch.arange(16) % 10, torch.arange(16) % 9 + 1, torch.full((16,), -1)):
-        parts = simclr.train_step(model, optimizer, SCALER, simclr.augment, data[3], y, draws,
-                                  args, torch.float32)
+        parts = simclr.train_step(model, optimizer, SCALER, simclr.augment, simclr.loss_fn,
+                                  data[3], y, draws, args, torch.float32)
         assert all(value.isfinite() for value in parts.values())
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from family import LINES, ROOT, SCRIPTS, TRAINING, changed_lines, drift, fix, sections
+from family import LINES, ROOT, SCRIPTS, TRAINING, drift, fix, sections
 
 TEXTS = {name: (ROOT / name).read_text() for name in SCRIPTS}
 FAMILY = {name: TEXTS[name] for name in TRAINING}
@@ -19,11 +19,6 @@ METHOD_FLAGS = {  # the flags in which each script differs from the others, the 
     "interpolate.py": "method list blend alpha normalize dim hidden head temperature sim-coeff "
                       "std-coeff cov-coeff mu off-diagonal eps tcr-coeff lr",
 }
-BUDGET = {  # changed lines of the diff; may only go down
-    ("simclr.py", "vicreg.py"): 84,
-    ("simclr.py", "directclr.py"): 100,
-    ("vicreg.py", "interpolate.py"): 229,
-}
 
 def test_every_script_is_covered():
     assert sorted(p.name for p in ROOT.glob("*.py")) == sorted(SCRIPTS)
@@ -33,12 +28,6 @@ def test_every_script_is_covered():
 def test_lines_stay_within_budget(pattern):
     files = [path.read_text() for path in ROOT.glob(pattern)]
     assert files and sum(len(text.splitlines()) for text in files) <= LINES[pattern]
-
-@pytest.mark.parametrize("pair", BUDGET, ids="-".join)
-def test_changed_lines_stay_within_budget(pair):
-    changed = changed_lines(*(TEXTS[name] for name in pair))
-    assert changed <= BUDGET[pair]
-    assert changed > 0.9 * BUDGET[pair], "the diff shrank: lower the budget"
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_sections_cover_the_file(name):
@@ -167,7 +156,3 @@ def test_fix_from_the_command_line(tmp_path):
     assert {name: (tmp_path / name).read_text() for name in SCRIPTS} == TEXTS
     command[-1] = "analyze.py"
     assert subprocess.run(command, capture_output=True).returncode == 2
-
-def test_changed_lines_counts_as_diff_does():
-    assert changed_lines("a\nb\nc\n", "a\nB\nc\nd\n") == 3
-    assert changed_lines("a\n", "a\n") == 0

@@ -93,7 +93,7 @@ def test_images_keep_their_labels(image_folder, monkeypatch):
     """A step sees images, whole where a crop is, labels of the same files, draws of its own."""
     _, folder, y, *_ = load_data(image_folder)
     pixels, hits, seen = squares(folder, 80), [], set()
-    def looks(network, optimizer, scaler, view, images, labels, draws, *args):
+    def looks(network, optimizer, scaler, view, loss, images, labels, draws, *args):
         same = (pixels == images[:, :1]).flatten(2).all(2).nonzero()  # pairs of a crop and an image
         hits.extend(labels[same[:, 0]] == y[same[:, 1]])
         return seen.add(draws.sum().item()) or {"loss": torch.ones(())}

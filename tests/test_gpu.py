@@ -49,7 +49,7 @@ def make_step(device, *flags, method="simclr", n=16):
     optimizer, scaler = script.build_optimizer(model, args), torch.amp.GradScaler(enabled=False)
     batch = *script.draw_shapes(n, 1), torch.rand(2, script.DRAWS, n, 1, 1, 1)
     return functools.partial(script.train_step, model, optimizer, scaler, script.augment,
-                             *(x.to(device) for x in batch), args, dtype), model
+                             script.loss_fn, *(x.to(device) for x in batch), args, dtype), model
 
 @NEEDS_GPU
 @pytest.mark.parametrize("choice", [

@@ -1,10 +1,10 @@
-"""Each loss against a float64 loop written from its formula, its symmetries, and lightly's."""
+"""Each loss against a float64 loop written from its formula, its symmetries, and more."""
 
 import math
 
 import pytest
 import torch
-from lightly.loss import NTXentLoss, VICRegLoss
+from benchmark import official_covariance
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import directclr
@@ -47,11 +47,6 @@ def vicreg_loop(z1, z2, sim_coeff, std_coeff, cov_coeff):
                     c = sum((row[j] - mean[j]) * (row[k] - mean[k]) for row in z) / (n - 1)
                     cov += c * c / dim
     return sim_coeff * sim + std_coeff * std / 2 + cov_coeff * cov
-
-def official_covariance(z):
-    """The D x D form: the covariance matrix itself, its diagonal left out."""
-    c = torch.cov(z.T).reshape(z.shape[1], z.shape[1])
-    return (c - torch.diag(c.diagonal())).square().sum() / z.shape[1]
 
 LOSSES = {  # the script's function and the loop
     "nt_xent": (simclr.nt_xent, lambda a, b: contrastive_loop(a, b, 0.5, True)),
@@ -139,13 +134,6 @@ def test_covariance_by_the_smaller_matrix(n, dim):
         vicreg.vicreg_loss(z1, z2)[0].backward()
     assert max(seen.sizes) == n * dim
 
-@pytest.mark.parametrize("shape", [(64, 16), (16, 64)], ids=str)
-def test_equals_lightly(shape):
-    z1, z2 = embeddings(*shape, dtype=torch.float32)
-    for t in (0.1, 0.5):
-        torch.testing.assert_close(simclr.nt_xent(z1, z2, t), NTXentLoss(temperature=t)(z1, z2))
-    torch.testing.assert_close(vicreg.vicreg_loss(z1, z2)[0], VICRegLoss()(z1, z2))
-
 MLP, EXPANDER = 24 * 32 + 32 + 32 * 6 + 6, 24 * 32 + 32 * 32 + 6 * 32 + 6 * 32
 HEADS = [  # of 24 features: flags, width of the embedding, trained numbers
     *((script, f"--hidden 32 --head {head}", 6, MLP if head == "mlp" else EXPANDER)
@@ -227,9 +215,3 @@ def test_directclr_random_draws_anew_and_alike_for_both_views():
         torch.testing.assert_close(loss, directclr.info_nce(z1[:, chosen], z2[:, chosen], 0.1))
         seen.add(tuple(chosen.tolist()))
     assert len(seen) == 5 and {len(chosen) for chosen in seen} == {6}
-
-@pytest.mark.parametrize("kind", ["slice", "random", "lowrank"])
-def test_directclr_refuses_more_dimensions_than_features(kind, capsys):
-    with pytest.raises(SystemExit) as stop:
-        directclr_head("--dim", "25", "--head", kind)
-    assert stop.value.code == 2 and "more than the 24 features" in capsys.readouterr().err

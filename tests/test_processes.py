@@ -117,7 +117,7 @@ def gradients(folder):
             nn.parallel.DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.0),
             torch.amp.GradScaler("cpu", enabled=False),
             lambda images, draws, *_: images.double() / 255 + draws[0],
-            images[mine], labels[mine], draws[:, :, mine], args, torch.float32)
+            script.loss_fn, images[mine], labels[mine], draws[:, :, mine], args, torch.float32)
         found.append(({name: value.item() for name, value in parts.items()},
                       {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
     torch.save(found, f"{folder}/{simclr.WORLD}-{simclr.RANK}.pt")

@@ -212,6 +212,26 @@ def test_backbone_is_torchvisions(arch):
         model.load_state_dict(backbone.state_dict(), strict=True)
         assert features == linear.in_features and hasattr(backbone.maxpool, "stride") == (size > 64)
 
+def test_start_from_weights(image_folder, capsys, monkeypatch):
+    """All of torchvision's but for fc and a stem of another size; those of a run, once."""
+    script, begun, theirs = SCRIPTS["directclr"], {}, torchvision.models.resnet18().state_dict()
+    torch.save(theirs, "given.pt")
+    flags = ("--data", image_folder, *TINY, "--weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", lambda *args, **options: {})
+        patch.setattr(script, "train", lambda model, *_: begun.update(model.backbone.state_dict()))
+        for size, new in ((8, ["conv1.weight"]), (72, [])):
+            train(script, *flags, "given.pt", "--arch", "resnet18", "--image-size", size)
+            assert [k for k, w in theirs.items() if k not in begun or not w.equal(begun[k])] == [
+                *new, "fc.weight", "fc.bias"]
+    given = finished(script, image_folder)[0] / "backbone.pt"
+    first = train(script, *flags, given, "--steps", "1", "--out", "run")
+    assert first["linear_untrained"] == finished(script, image_folder)[2]["linear"]
+    assert train(script, "--resume", "run")["step"] == 12 and not equal_weights("run", given.parent)
+    for file in (given, "nowhere.pt", "run/embeddings.pt"):
+        assert f"{file} does not fit: " in refused(
+            capsys, script, *flags, file, "--arch", "resnet18")
+
 @pytest.mark.parametrize("method, flag, names", [
     ("directclr", "head", ("slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank",
                            "random")), ("interpolate", "method", (*SCRIPTS["interpolate"].PATH,))])
@@ -267,7 +287,7 @@ def test_optimizers(optimizer, method, head_rate):
         torch.testing.assert_close(mine[name].detach(), p, rtol=1e-10, atol=1e-12)
 
 def test_compile(image_folder, monkeypatch):
-    """Four graphs, a small one to see that it can be done, of two views and one network, whatever
+    """Five graphs, a small one to see that it can be done, of two views, network and loss, whatever
     comes between; the same names are saved; the loss changes by rounding only. The operations are
     inductor's, without its C++."""
     script, compiler, counters = SCRIPTS["vicreg"], torch.compile, torch._dynamo.utils.counters
@@ -279,7 +299,7 @@ def test_compile(image_folder, monkeypatch):
         torch.compiler.reset()
         counters.clear()
         train(script, *run)
-        assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == 5 and not counters["graph_break"]
     for part in ("backbone", "head", "probe"):
         assert list(load("plain")[part]) == list(load("graphs")[part])
     one, two = ([r["loss"] for r in records(run)[2:4]] for run in ("plain", "graphs"))
@@ -379,7 +399,9 @@ BAD_FLAGS = {
     "simclr --temperature 0": "above 0", "directclr --dim 600": "more than the 512 features",
     "interpolate --alpha 2": "at most 1", "interpolate --mu 0": "above 0",
     "interpolate --normalize A": "is for simclr and dcl",
-    "interpolate --method vicreg-exp --dim 2": "at least 3"}
+    "interpolate --method vicreg-exp --dim 2": "at least 3", "interpolate --alpha -.1": "at least 0",
+    "interpolate --blend byol": "invalid choice: 'byol' (choose", "directclr --head lowrank --dim "
+    "513": "more than the 512", "interpolate --blend vicreg-ctr --dim 1": "at least 3"}
 
 @pytest.mark.parametrize("i, flags", [*enumerate(BAD_FLAGS)])
 def test_bad_flags(i, flags, capsys, image_folder):
