@@ -23,7 +23,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -159,7 +158,9 @@ def open_image(file):
         with Image.open(os.fsdecode(file)) as image:
             if image.mode[0] in "IF" or any(m in str(image.tile) for m in ("B;16", "A;16", "K;16")):
                 raise ValueError("more than 8 bits a channel, convert it to 8")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            with contextlib.suppress(Exception):  # damaged EXIF turns nothing
+                image = ImageOps.exif_transpose(image)
+            return image.convert("RGB")
     except Exception as error:  # a damaged file can raise nearly anything
         raise OSError(f"the image {os.fsdecode(file)!r} cannot be used: {error}") from error
 
@@ -662,11 +663,10 @@ def main(argv=None):
     if args.resume is None:
         git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty --abbrev=40"
         report({"method": METHOD, "args": vars(args), "argv": sys.argv, "images": n, "pixels": size,
-                "test_images": len(data[4]), "learning_rate": optimizer.param_groups[0]["peak_lr"],
-                "parameters": sum(p.numel() for p in model.parameters()), "precision": str(dtype),
-                "device": torch.cuda.get_device_name() if cuda else str(device), "processes": WORLD,
-                "threads": torch.get_num_threads(), "torch": torch.__version__, "out": str(folder),
-                "commit": subprocess.getoutput(f"{git} 2>/dev/null")})
+                "test_images": len(data[4]), "threads": torch.get_num_threads(), "processes": WORLD,
+                "device": torch.cuda.get_device_name() if cuda else str(device), "out": str(folder),
+                "torch": torch.__version__, "parameters": sum(map(torch.numel, model.parameters())),
+                "precision": str(dtype), "commit": os.popen(f"{git} 2>/dev/null").read().strip()})
         state["untrained"] = {f"{k}_untrained": v for k, v in evaluate(model, data, args).items()}
         report({"epoch": 0, "step": 0, **state["untrained"]})
         save_all()

@@ -77,6 +77,13 @@ TABLES = {
     "dims-tune": [Row(f"`--dim {dim} --cov-coeff {c}`", f"{DIMS} --dim {dim} --cov-coeff {c} "
                       "--holdout 1000", f"dims-tune/{dim}-{c}")
                   for dim in DIMENSIONS for c in (0.04, 0.2, 1, 5)],
+    "peak-tune": [Row(f"`{m}`, lr {lr}", f"interpolate.py --data shapes --holdout 1000 --method {m} "
+                      f"--lr {lr}", f"peak-tune/{m.replace(' --normalize ', '-')}-{lr}")
+                  for m in (*interpolate.PATH, "simclr --normalize A", "simclr --normalize B")
+                  for lr in (0.03, 0.06, 0.12)],
+    "collapse": [Row(f"`--head {head}`", f"directclr.py --data shapes --temperature 0.5 --head {head}",
+                     f"collapse/{head}", PUBLISHED[head], 3)
+                 for head in ("none", "linear", "mlp", "slice")],
     "path-shapes": rows("interpolate.py", "--method", interpolate.PATH, SMALL, "path-shapes"),
     "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes"),
     **on_a_gpu("cifar10", "gpu-cifar10"),

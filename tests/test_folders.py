@@ -102,12 +102,13 @@ def test_images_keep_their_labels(image_folder, monkeypatch):
     assert len(hits) >= 20 and all(hits) and len(seen) == 4
 
 def test_odd_images_load():
-    """Gray, bilevel, palettes, alpha, CMYK; turned as the camera's note says."""
+    """Gray, bilevel, palettes, alpha, CMYK; turned as the camera's note says, if it can be read."""
     gray = (rgb := noise(30, 40)).convert("L")
     plain = (rgb, gray, *map(rgb.convert, ("1", "P", "CMYK")), rgb.quantize(7))
     cases = [(f"{i}.tif", image, image, {}) for i, image in enumerate(plain)]
     cases += [("a.png", gray.convert("LA"), gray, {}), ("b.png", rgb.convert("RGBA"), rgb, {}),
               ("exact.webp", rgb, rgb, {"lossless": True}), ("plain.gif", gray, gray, {})]
+    cases.append(("c.webp", rgb, rgb, {"lossless": True, "exif": b"garbage garbage"}))
     for turn, undo in zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2)):  # a turn, Image.Transpose's number
         exif = Image.Exif()
         exif[0x0112] = turn
