@@ -343,9 +343,10 @@ def open_image(file):
         with Image.open(os.fsdecode(file)) as image:
             if image.mode[0] in "IF" or any(m in str(image.tile) for m in ("B;16", "A;16", "K;16")):
                 raise ValueError("more than 8 bits a channel, convert it to 8")
+            image = image.convert("RGB")
             with contextlib.suppress(Exception):  # damaged EXIF turns nothing
                 image = ImageOps.exif_transpose(image)
-            return image.convert("RGB")
+            return image
     except Exception as error:  # a damaged file can raise nearly anything
         raise OSError(f"the image {os.fsdecode(file)!r} cannot be used: {error}") from error
 
@@ -735,8 +736,7 @@ def train_step(network, optimizer, scaler, view_fn, criterion, images, labels, d
     online = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
     online = online / (labels >= 0).sum().clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
-    # each process has the gradient of its own images; DistributedDataParallel takes the mean
-    scaler.scale(WORLD * (loss + online)).backward()
+    scaler.scale(WORLD * (loss + online)).backward()  # DistributedDataParallel takes the mean
     scaler.step(optimizer)
     scaler.update()
     return {"loss": loss.detach(), **parts, "probe": online.detach()}
@@ -827,7 +827,7 @@ def main(argv=None):
             for name in [name for name in live if checkpoint[name]]:  # no scaler without fp16
                 live[name].load_state_dict(checkpoint[name])
             state = {name: type(old)(checkpoint[name]) for name, old in state.items()}
-        elif args.weights:
+        elif args.weights is not None:
             own = model.backbone.state_dict()  # keeps a stem of another size, has no fc
             weights = torch.load(args.weights, map_location="cpu", weights_only=True).items()
             model.backbone.load_state_dict({

@@ -41,16 +41,15 @@ DIMENSIONS = 8, 32, 128, 512, 2048
 TUNED = {8: 5, 32: 5, 128: 5, 2048: 0.2}  # D: vicreg's best --cov-coeff of dims-tune, where it is not 1
 HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
-def rows(script, flag, values, flags, name):
+def rows(script, flag, values, flags, name, seeds=1):
     """A row for each value of a flag."""
     return [Row(f"`{value}`", f"{script} {flags} {flag} {value}", f"{name}/{value}",
-                PUBLISHED.get(value, "")) for value in values]
+                PUBLISHED.get(value, ""), seeds) for value in values]
 
 def on_a_gpu(data, name):
     """The tables on CIFAR-10, ResNet-18: methods, path, heads, dimensions."""
     def row(command, name, seeds=1):
         return Row(f"`python {command} --data {data}`", f"{command} --data {data}", name, "", seeds)
-
     expander = "--head expander --temperature 0.15"
     return {
         name: [row(f"{script} --epochs {epochs}", f"{name}/{script.split('.')[0]}-{epochs}", 3)
@@ -77,14 +76,15 @@ TABLES = {
     "dims-tune": [Row(f"`--dim {dim} --cov-coeff {c}`", f"{DIMS} --dim {dim} --cov-coeff {c} "
                       "--holdout 1000", f"dims-tune/{dim}-{c}")
                   for dim in DIMENSIONS for c in (0.04, 0.2, 1, 5)],
-    "peak-tune": [Row(f"`{m}`, lr {lr}", f"interpolate.py --data shapes --holdout 1000 --method {m} "
-                      f"--lr {lr}", f"peak-tune/{m.replace(' --normalize ', '-')}-{lr}")
-                  for m in (*interpolate.PATH, "simclr --normalize A", "simclr --normalize B")
-                  for lr in (0.03, 0.06, 0.12)],
-    "collapse": [Row(f"`--head {head}`", f"directclr.py --data shapes --temperature 0.5 --head {head}",
-                     f"collapse/{head}", PUBLISHED[head], 3)
-                 for head in ("none", "linear", "mlp", "slice")],
-    "path-shapes": rows("interpolate.py", "--method", interpolate.PATH, SMALL, "path-shapes"),
+    "rates": [Row(f"`{m}`, lr {lr}", f"interpolate.py --data shapes --holdout 1000 --lr {lr} --method "
+                  f"{m}", f"rates/{m.replace(' --normalize ', '-')}-{lr}")
+              for m in (*interpolate.PATH, "simclr --normalize A", "simclr --normalize B")
+              for lr in (0.03, 0.06, 0.12)],
+    "collapse": rows("directclr.py", "--head", ("none", "linear", "mlp", "slice"),
+                     "--data shapes --temperature 0.5", "collapse", 3),
+    "choices": [Row(f"`{command}`", f"{command} --data shapes", f"choices/{name}", "", 3)
+                for name, command in (("narrow", "vicreg.py --dim 32 --hidden 32"),
+                                      ("tuned", "simclr.py --head expander --temperature 0.15"))],
     "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes"),
     **on_a_gpu("cifar10", "gpu-cifar10"),
     **on_a_gpu("data/cifar10_jpeg", "gpu-cifar10_jpeg"),

@@ -141,9 +141,6 @@ def test_checker_refuses_malformed_banners(old, new):
     with pytest.raises(ValueError):
         drift({**FAMILY, "vicreg.py": broken(old, new)})
 
-def test_checker_accepts_a_change_of_the_method():
-    assert not drift({**FAMILY, "vicreg.py": broken('= "vicreg"', '= "other"')})
-
 def test_fix_from_the_command_line(tmp_path):
     """Only what drifted is written."""
     (tmp_path / "tests").mkdir()

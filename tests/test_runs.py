@@ -224,9 +224,11 @@ def test_start_from_weights(image_folder, capsys, monkeypatch):
             assert [k for k, w in theirs.items() if k not in begun or not w.equal(begun[k])] == [
                 *new, "fc.weight", "fc.bias"]
     given = finished(script, image_folder)[0] / "backbone.pt"
-    first = train(script, *flags, given, "--steps", "1", "--out", "run")
-    assert first["linear_untrained"] == finished(script, image_folder)[2]["linear"]
-    assert train(script, "--resume", "run")["step"] == 12 and not equal_weights("run", given.parent)
+    whole = train(script, *flags, given, "--out", "whole")
+    assert whole["linear_untrained"] == finished(script, image_folder)[2]["linear"]
+    train(script, *flags, given, "--steps", "1", "--out", "run")
+    train(script, "--resume", "run")
+    assert equal_weights("run", "whole") and not equal_weights("run", given.parent)
     for file in (given, "nowhere.pt", "run/embeddings.pt"):
         assert f"{file} does not fit: " in refused(
             capsys, script, *flags, file, "--arch", "resnet18")
@@ -393,7 +395,7 @@ BAD_FLAGS = {
     "--optimizer adam": "invalid choice", "--device warp": "cannot be used here",
     "--device cuda:99": "cannot be used here", "--device=": "cannot be used here",
     "--data nowhere": "no folder with images", "--resume nowhere": "last.pt is missing",
-    "--resume=": "last.pt is missing", "--holdout 80": "80 of 80 images held out",
+    "--resume=": "last.pt is missing", "--weights=": "does not fit", "--holdout 80": "80 of 80 images held out",
     "--batch-size 81": "only 80 images to train on", "simclr --head moco": "invalid choice",
     "simclr --temperature 0": "above 0", "directclr --dim 600": "more than the 512 features",
     "interpolate --alpha 2": "at most 1", "interpolate --mu 0": "above 0",
