@@ -79,7 +79,7 @@ TABLES = {
     "rates": [Row(f"`{m}`, lr {lr}", f"interpolate.py --data shapes --holdout 1000 --lr {lr} --method "
                   f"{m}", f"rates/{m.replace(' --normalize ', '-')}-{lr}")
               for m in (*interpolate.PATH, "simclr --normalize A", "simclr --normalize B")
-              for lr in (0.03, 0.06, 0.12)],
+              for lr in ((0.06, 0.12, 0.24) if m[:3] == "tcr" or " " in m else (0.03, 0.06, 0.12))],
     "collapse": rows("directclr.py", "--head", ("none", "linear", "mlp", "slice"),
                      "--data shapes --temperature 0.5", "collapse", 3),
     "choices": [Row(f"`{command}`", f"{command} --data shapes", f"choices/{name}", "", 3)
