@@ -39,6 +39,8 @@ SMALL = "--data shapes --precision bf16"
 DIMS = f"interpolate.py {SMALL} --hidden 1024"
 DIMENSIONS = 8, 32, 128, 512, 2048
 TUNED = {8: 5, 32: 5, 128: 5, 2048: 0.2}  # D: vicreg's best --cov-coeff of dims-tune, where it is not 1
+STEPS = *interpolate.PATH, "simclr --normalize A", "simclr --normalize B"
+BEST = {"simclr-abs": 0.12, "dcl-abs": 0.03, "tcr": 0.12, STEPS[-2]: 0.24, STEPS[-1]: 0.24}  # of rates
 HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
 def rows(script, flag, values, flags, name, seeds=1):
@@ -78,8 +80,11 @@ TABLES = {
                   for dim in DIMENSIONS for c in (0.04, 0.2, 1, 5)],
     "rates": [Row(f"`{m}`, lr {lr}", f"interpolate.py --data shapes --holdout 1000 --lr {lr} --method "
                   f"{m}", f"rates/{m.replace(' --normalize ', '-')}-{lr}")
-              for m in (*interpolate.PATH, "simclr --normalize A", "simclr --normalize B")
+              for m in STEPS
               for lr in ((0.06, 0.12, 0.24) if m[:3] == "tcr" or " " in m else (0.03, 0.06, 0.12))],
+    "peak": [Row(f"`{m}`, lr {lr}", f"interpolate.py --data shapes --lr {lr} --method {m}",
+                 f"peak/{m.replace(' --normalize ', '-')}", PUBLISHED.get(m, ""), 3)
+             for m in STEPS for lr in [BEST.get(m, 0.06)]],
     "collapse": rows("directclr.py", "--head", ("none", "linear", "mlp", "slice"),
                      "--data shapes --temperature 0.5", "collapse", 3),
     "choices": [Row(f"`{command}`", f"{command} --data shapes", f"choices/{name}", "", 3)
