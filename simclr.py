@@ -105,30 +105,33 @@ def download(name, root):
     try:
         for split in ("train+unlabeled", "test") if stl10 else (True, False):
             part = dataset(root, split, download=True)
-            images = torch.from_numpy(part.data if stl10 else part.data.transpose(0, 3, 1, 2))
-            labels = torch.tensor(part.labels if stl10 else part.targets).long()
-            parts += [images.contiguous(), labels]
+            x = torch.from_numpy(part.data if stl10 else part.data.transpose(0, 3, 1, 2))
+            parts += [x.contiguous(), torch.tensor(part.labels if stl10 else part.targets).long()]
     except (OSError, RuntimeError) as error:
         fail(f"{name} is not in {root} and cannot be downloaded ({error}); "
              "try --data shapes (drawn, nothing to download) or --data DIR (a folder of images)")
     return part.classes, parts
 
 def find_images(root):
-    """The same of ROOT/train/CLASS/* and, if there, ROOT/val|test/CLASS/*: files' names, neither
-    hidden nor trash. Without ROOT/train, or with one class alone, no image has a label."""
+    """The same of ROOT/train/CLASS/* and, if there, ROOT/val|test/CLASS/*: files' names, none
+    hidden, no trash, each once. Without ROOT/train, or with one class alone, no label is known."""
     endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".jp2", ".avif")
     trash = "/@eaDir/", "/@Recycle", "/#recycle/", "/$RECYCLE.BIN/", "/__MACOSX/", "/neighbours.png"
-    files = [file for file in sorted(glob.glob("**", root_dir=root, recursive=True))
-             if file.lower().endswith(endings) and not any(t in f"/{file}" for t in trash)]
+    found = [file for file in sorted(glob.glob("**", root_dir=root, recursive=True))
+             if not any(t in f"/{file}" for t in trash)]
+    files = [file for file in found if file.lower().endswith(endings)]
     places = [[*os.path.dirname(file).split(os.sep), ""][:2] for file in files]  # split and class
     sets = [[i for i, p in enumerate(places) if p[0] == s] for s in ("train", "val", "test")]
     sets[0] or files and not os.path.lexists(root / "train") or fail(
         f"--data {root}: no folder with images (in train/), nor a data set (shapes, cifar10, ...)")
     sets = [rows for rows in sets if rows][:2] if sets[0] else [range(len(files))]
+    sets = [sorted({(os.stat(root / os.path.dirname(files[i]))[1:3], os.path.basename(files[i])): i
+                    for i in sorted(rows, key=lambda i: -len(files[i]))}.values()) for rows in sets]
     classes = sorted({places[i][1] for i in sets[0] if places[i][0] == "train"} - {""})
     unknown = sorted({places[i][1] for rows in sets[1:] for i in rows} - {*classes})
     unknown and classes[1:] and fail(f"--data {root}: test images in no class of train/: {unknown}")
     number = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
+    print(f"{sum(map(len, sets))} images, of {len(found)} files and folders in {root}")
     return classes, [part for rows in sets for part in (
         np.array([os.fsencode(root / files[i]) for i in rows]),  # one block for all workers
         torch.tensor([number.get(places[i][1], -1) for i in rows]))]
@@ -142,8 +145,7 @@ class Folder(torch.utils.data.Dataset):
         (epoch, i), size = item, self.shape[2:]
         image = open_image(self.files[i])
         if epoch is None:  # of large images the middle 7/8, as Resize(256), CenterCrop(224)
-            bleed = 1 / 16 if size[0] > 64 else 0.0
-            return pil_to_tensor(ImageOps.fit(image, size, Image.Resampling.BILINEAR, bleed))
+            return pil_to_tensor(ImageOps.fit(image, size, Image.BILINEAR, (size[0] > 64) / 16))
         torch.default_generator.manual_seed(derive_seed(self.args.seed, 3, epoch, i))
         x, draw = pil_to_tensor(image), torchvision.transforms.RandomResizedCrop.get_params
         boxes = [draw(x, self.args.crop, [3 / 4, 4 / 3]) for _ in range(2)]
@@ -163,7 +165,7 @@ def open_image(file):
                 image = ImageOps.exif_transpose(image)
             return image
     except Exception as error:  # a damaged file can raise nearly anything
-        raise OSError(f"the image {os.fsdecode(file)!r} cannot be used: {error}") from error
+        raise OSError(f"mend or remove the image {os.fsdecode(file)!r}: {error}") from error
 
 def fetch(images, batches, device):
     """Yield images[index], uint8 on the device, for (epoch, index) in batches; of a Folder, whose
@@ -337,10 +339,10 @@ def evaluate(model, data, args, linear=True, folder=None):
     _, images, labels, test_images, test_labels = data
     device, size = model.eval().probe[1].weight.device, max(1, args.batch_size // WORLD)
     def represent(images, index):  # every process sees to a share
-        share, h = math.ceil(len(index) / WORLD), []
+        share = math.ceil(len(index) / WORLD)
         mine = index[torch.arange(RANK * share, (RANK + 1) * share) % len(index)].split(size)
-        for x in fetch(images, ((None, part) for part in mine), device):
-            h.append(model.backbone((x / 255).contiguous(memory_format=torch.channels_last)))
+        h = [model.backbone((x / 255).contiguous(memory_format=torch.channels_last))
+             for x in fetch(images, ((None, part) for part in mine), device)]
         return gather(torch.cat(h))[: len(index)]
     known, test_y = torch.where(labels.cpu() >= 0)[0], test_labels.to(device)
     h = represent(test_images, torch.arange(len(test_y)))
@@ -448,7 +450,7 @@ def open_run(args, log_bytes):
     folder = Path(args.resume or args.out or next(n for n in names if not Path(n).exists()))
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.jsonl", "a" if args.resume else "x", buffering=1)
-    log.truncate(min(log_bytes, os.path.getsize(log.name)))
+    log.seek(log.truncate(min(log_bytes, os.path.getsize(log.name))))
     return folder, log
 
 def save(value, path):
@@ -507,14 +509,15 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile; a minute or two at the start")
     add("--deterministic", action="store_true", help="repeat a run bit for bit on a GPU too")
     args = parser.parse_args(argv)
-    saved = {} if args.resume is None else load_checkpoint(args.resume)["args"]
-    parser.set_defaults(**{**(SHAPES if args.data == "shapes" else {}), **saved})
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun's --max-restarts
+    run = args.out if again and args.resume is None else args.resume
+    saved = {} if run is None else load_checkpoint(run)["args"]
+    parser.set_defaults(**{**(SHAPES if args.data == "shapes" else {}), **saved, "resume": run})
     args = parser.parse_args(argv)
-    typed = [f"--{k.replace('_', '-')} {getattr(args, k)} (not {v})" for k, v in saved.items()
-             if k not in FREE and getattr(args, k) != v]
+    typed = [k for k, v in saved.items() if k not in FREE and getattr(args, k) != v]
     shares = (args.gray, *args.blur, *args.solarize, *args.jitter, 2 * args.jitter[3], args.warmup)
     for rule, holds in {
-            f"--resume takes the run's own flags; remove {', '.join(typed)}": not typed,
+            f"--resume takes the run's own flags, not another {', '.join(typed)}": not typed,
             **{f"{name} {value}: a number {'above' if name in POSITIVE else 'of at least'} 0":
                0 <= value < math.inf and (value > 0 or name not in POSITIVE)
                for name, value in vars(args).items() if isinstance(value, (int, float))},
@@ -547,9 +550,7 @@ def train_step(network, optimizer, scaler, view_fn, criterion, images, labels, d
         outputs = network(*views)
     z1, z2, logits = (gather(output.float()) for output in outputs)  # (N, ...), of all processes
     loss, parts = criterion(z1, z2, args)
-    labels = gather(labels)
-    online = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
-    online = online / (labels >= 0).sum().clamp(min=1)
+    online = F.cross_entropy(logits, gather(labels), ignore_index=-1).nan_to_num()  # no label: 0
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(WORLD * (loss + online)).backward()  # DistributedDataParallel takes the mean
     scaler.step(optimizer)
@@ -580,11 +581,10 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * rate
             torch.manual_seed(derive_seed(args.seed, 2, step))  # on the CPU: alike for all GPUs
-            draws = torch.rand(2, DRAWS, args.batch_size, 1, 1, 1).chunk(WORLD, dim=2)[RANK]
-            draws = draws.pin_memory() if device.type == "cuda" else draws
+            draws = torch.rand(2, DRAWS, args.batch_size, 1, 1, 1, pin_memory=device.type == "cuda")
+            mine = labels[index], draws.chunk(WORLD, dim=2)[RANK]
             parts = train_step(network, optimizer, scaler, view_fn, criterion, batch,
-                               labels[index].to(device, non_blocking=True),
-                               draws.to(device, non_blocking=True), args, dtype)
+                               *(x.to(device, non_blocking=True) for x in mine), args, dtype)
             position, sums = step % epoch_steps + 1, torch.stack([*parts.values()])
             state["sums"] = sums if position == 1 else state["sums"].to(device) + sums
             state["step"], ends, stop = step + 1, position == epoch_steps, agree(caught[-1])
@@ -652,6 +652,7 @@ def main(argv=None):
         fail(f"{args.resume or args.weights} does not fit: {error}")
     folder, log = (None, None) if RANK else open_run(args, state["log_bytes"])
     def report(record, logged=True):
+        RANK or log.tell() == os.path.getsize(log.name) or fail(f"another run writes to {log.name}")
         RANK or not logged or log.write(json.dumps(record) + "\n")
         print(*(f"{k} {v:.4g} " if isinstance(v, float) else f"{k} {v} " for k, v in record.items()
                 if not isinstance(v, (dict, list))), flush=True)
@@ -680,6 +681,7 @@ def main(argv=None):
     return final
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a path can have letters that a console lacks
     try:
         main()
     except OSError as error:  # an unreadable image, a full disk; of a worker's traceback the end

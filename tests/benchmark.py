@@ -109,10 +109,8 @@ class Steps:
         x = self.images.float().div(255).contiguous(memory_format=torch.channels_last)
         self.views = [x.to(self.dtype), x.flip(3).to(self.dtype)]  # two: one would be passed once
     def draws(self):
-        draws = torch.rand(2, self.script.DRAWS, len(self.images), 1, 1, 1)
-        if self.images.is_cuda:
-            draws = draws.pin_memory()
-        return draws.to(self.images.device, non_blocking=True)
+        return torch.rand(2, self.script.DRAWS, len(self.images), 1, 1, 1, pin_memory=
+                          self.images.is_cuda).to(self.images.device, non_blocking=True)
     def step(self):
         return self.script.train_step(
             self.model, self.optimizer, self.scaler, self.view, self.loss, self.images,
@@ -192,13 +190,10 @@ def part_c(device, args):
     for n in (256, 512):
         for dim in (512, 2048, 8192):
             z1, z2 = (torch.randn(n, dim, device=device, requires_grad=True) for _ in range(2))
-
             def ours():
                 torch.autograd.grad(vicreg.vicreg_loss(z1, z2)[0], (z1, z2))
-
             def theirs():
                 torch.autograd.grad(official_loss(z1, z2), (z1, z2))
-
             rounds = args.rounds if device.type == "cuda" else 3
             mine, other = time_in_turn(device, [ours, theirs], rounds)
             memory = [peak_memory(device, f) for f in (ours, theirs)]
@@ -206,8 +201,7 @@ def part_c(device, args):
                 *map(mebibytes, memory))
 
 class BareCrops(torch.utils.data.Dataset):
-    """The usual way to stream: torchvision opens an image and crops it twice, in worker processes.
-    """
+    """The usual way to stream: torchvision opens an image and crops it twice, in workers."""
     def __init__(self, paths):
         self.paths, self.crop = paths, v2.RandomResizedCrop(224, scale=(0.2, 1.0), antialias=True)
     def __len__(self):
@@ -232,16 +226,13 @@ def part_d(device, args):
         paths = (paths * n)[:n]
         run = simclr.parse_args(["--data", "shapes", "--batch-size", str(batch)])
         streamed = simclr.Folder([os.fsencode(path) for path in paths], 224, run)
-
         def ours():
             return simclr.fetch(streamed, simclr.plan(
                 n, run, range(n // batch), torch.device("cpu")), device)
-
         def bare():
             return iter(torch.utils.data.DataLoader(
                 BareCrops(paths), batch, shuffle=True, num_workers=cores,
                 pin_memory=device.type == "cuda"))
-
         speeds = [[], []]
         for _ in range(5):
             for make, mine in zip((ours, bare), speeds):

@@ -26,7 +26,6 @@ def write_folder(root, images, labels, names="abcdefghij"):
 def image_folder(tmp_path_factory):
     """A folder with 80 training and 40 test images of 16 px in ten classes."""
     import simclr
-
     root = tmp_path_factory.mktemp("images")
     for split, n, seed in (("train", 80, 3), ("test", 40, 4)):
         write_folder(root / split, *simclr.draw_shapes(n, seed, size=16))

@@ -17,7 +17,6 @@ BANNER = re.compile(r"# ==== (\d+)\. (.+) \[(shared|method|own)\] =+\n")
 
 def sections(text):
     """Split a script into [(number, title, tag, text)]; the texts joined give the script again.
-
     What precedes the first banner is section 0, the docstring. Raises ValueError where a banner is
     malformed, out of order, or not the file's full width.
     """
@@ -35,10 +34,8 @@ def sections(text):
     return parts
 
 def drift(texts):
-    """Differences between the [shared] sections of scripts {name: text}, as unified diffs.
-
-    Also reported: a script whose list of (number, title, tag) is not the first one's.
-    """
+    """Differences between the [shared] sections of scripts {name: text}, as unified diffs; and a
+    script whose list of (number, title, tag) is not the first one's."""
     (first, text), *others = texts.items()
     reference, found = sections(text), []
     for name, text in others:

@@ -40,7 +40,7 @@ DIMS = f"interpolate.py {SMALL} --hidden 1024"
 DIMENSIONS = 8, 32, 128, 512, 2048
 TUNED = {8: 5, 32: 5, 128: 5, 2048: 0.2}  # D: vicreg's best --cov-coeff of dims-tune, where it is not 1
 STEPS = *interpolate.PATH, "simclr --normalize A", "simclr --normalize B"
-BEST = {"simclr-abs": 0.12, "dcl-abs": 0.03, "tcr": 0.12, STEPS[-2]: 0.24, STEPS[-1]: 0.24}  # of rates
+BEST = {"simclr-abs": 0.12, "dcl-abs": 0.03, "tcr": 0.12, STEPS[-2]: 0.24, STEPS[-1]: 0.24}
 HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
 def rows(script, flag, values, flags, name, seeds=1):

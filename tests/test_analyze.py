@@ -180,7 +180,6 @@ def test_bad_input(capsys):
         out, error = capsys.readouterr()
         assert stop.value.code == 2 and "pickled code ran" not in out
         assert error.count("\n") == 1 and error.startswith("analyze.py: error: ") and said in error
-
     x, hostile = embeddings(20, 5), np.empty(1, dtype=object)
     hostile[0] = type("", (), {"__reduce__": lambda self: (print, ("pickled code ran",))})()
     for said, bad in (("int64 [20, 5]", x.long()), ("no f", x[0]), ("no f", x[:1]), ("NaN", x / 0),
