@@ -173,7 +173,7 @@ def open_image(file):
                 image = ImageOps.exif_transpose(image)
             return image
     except Exception as error:  # a damaged file can raise nearly anything
-        raise OSError(f"mend or remove the image {os.fsdecode(file)!r}: {error}") from error
+        raise OSError(f"mend, shrink or remove the image {os.fsdecode(file)!r}: {error}") from error
 
 def fetch(images, batches, device):
     """Yield images[index], uint8 on the device, for (epoch, index) in batches; of a Folder, whose

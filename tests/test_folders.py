@@ -149,7 +149,7 @@ def test_damaged_image_stops_a_run(workers, image_folder):
     command = [sys.executable, ROOT / "simclr.py", *flags]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
     line, = (line for line in done.stderr.splitlines() if "worker" not in line)  # too few cores
-    assert done.returncode == 2 and line.startswith(f"simclr.py: error: mend or remove the image '{file}'")
+    assert done.returncode == 2 and line.startswith(f"simclr.py: error: mend, shrink or remove the image '{file}'")
 
 def test_what_is_found_in_folders(capsys, image_folder, tmp_path):
     """No class from what is hidden or trash, nor from files; an ending in any case; once what links

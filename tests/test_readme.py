@@ -21,10 +21,10 @@ RECIPES = [command.replace("$IMAGENET", IMAGENET) for command in re.findall(
 
 def test_recipes_are_found():
     """And need the memory that was counted."""
-    assert len(RECIPES) == 14 and "$" not in "".join(RECIPES)
+    assert len(RECIPES) == 12 and "$" not in "".join(RECIPES)
     rows = re.findall(r"^\| .* \| ([\d.]+) \| `torch.* (\w+\.py) \$IMAGENET (.*)` \|$", README, re.M)
     counted = (tables.RESULTS / "benchmark-memory.txt").read_text()
-    assert len(rows) == 14 and all(f"| `{a} {b}` | {gib} |" in counted for gib, a, b in rows)
+    assert len(rows) == 12 and all(f"| `{a} {b}` | {gib} |" in counted for gib, a, b in rows)
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(r.split()[-6:]))
 def test_recipe(recipe, image_folder, tmp_path, monkeypatch):
