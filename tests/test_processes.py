@@ -160,7 +160,7 @@ def test_run_of_two_processes(pair, tmp_path):
     log, args = records(out), simclr.parse_args(["--resume", str(out)])
     assert log[0]["processes"] == 2 and [r.get("epoch") for r in log] == [None, 0, 1, 2, 3, None]
     words = [line.split()[0] for line in open("printed")]
-    assert words == ["method", *["epoch"] * 4, "final"]
+    assert words == ["120", "method", *["epoch"] * 4, "final"]
     model, data = simclr.Model(args, 16, 10), simclr.load_data(args)
     for name, part in model.named_children():
         part.load_state_dict(load(out)[name])
