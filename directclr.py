@@ -116,8 +116,7 @@ def download(name, root):
             x = torch.from_numpy(part.data if stl10 else part.data.transpose(0, 3, 1, 2))
             parts += [x.contiguous(), torch.tensor(part.labels if stl10 else part.targets).long()]
     except (OSError, RuntimeError) as error:
-        fail(f"{name} is not in {root} and cannot be downloaded ({error}); "
-             "try --data shapes (drawn, nothing to download) or --data DIR (a folder of images)")
+        fail(f"{name} is not in {root}, no download ({error}); try --data shapes or --data DIR")
     return part.classes, parts
 
 def find_images(root):
@@ -133,8 +132,9 @@ def find_images(root):
     sets[0] or files and not os.path.lexists(root / "train") or fail(
         f"--data {root}: no folder with images (in train/), nor a data set (shapes, cifar10, ...)")
     sets = [rows for rows in sets if rows][:2] if sets[0] else [range(len(files))]
-    sets = [sorted({(os.stat(root / os.path.dirname(files[i]))[1:3], os.path.basename(files[i])): i
-                    for i in sorted(rows, key=lambda i: -len(files[i]))}.values()) for rows in sets]
+    home = [root / os.path.dirname(file) for file in files]  # a link's name is the last choice
+    sets = [sorted({(os.stat(home[i])[1:3], os.path.basename(files[i])): i for i in sorted(
+        rows, key=lambda i: (not home[i].is_symlink(), -len(files[i])))}.values()) for rows in sets]
     classes = sorted({places[i][1] for i in sets[0] if places[i][0] == "train"} - {""})
     unknown = sorted({places[i][1] for rows in sets[1:] for i in rows} - {*classes})
     unknown and classes[1:] and fail(f"--data {root}: test images in no class of train/: {unknown}")
@@ -517,8 +517,8 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile; a minute or two at the start")
     add("--deterministic", action="store_true", help="repeat a run bit for bit on a GPU too")
     args = parser.parse_args(argv)
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun's --max-restarts
-    run = args.out if again and args.resume is None else args.resume
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.resume and args.out
+    run = again if again and Path(again, "last.pt").exists() else args.resume  # torchrun's restart
     saved = {} if run is None else load_checkpoint(run)["args"]
     parser.set_defaults(**{**(SHAPES if args.data == "shapes" else {}), **saved, "resume": run})
     args = parser.parse_args(argv)
@@ -623,7 +623,7 @@ def train(model, optimizer, scaler, data, args, dtype, state, report, save_all):
 def main(argv=None):
     """Train and evaluate; return the final metrics, those of the log's last line."""
     args = parse_args(argv)
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    sys.stdout = open(os.devnull, "w", errors="replace") if RANK else sys.stdout
     device, dtype = choose_device(args)
     cuda = device.type == "cuda"
     if WORLD > 1 and not dist.is_initialized():
@@ -689,7 +689,7 @@ def main(argv=None):
     return final
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a path can have letters that a console lacks
+    hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="replace")  # odd paths
     try:
         main()
     except OSError as error:  # an unreadable image, a full disk; of a worker's traceback the end
