@@ -40,6 +40,9 @@ DIMS = f"interpolate.py {SMALL} --hidden 1024"
 DIMENSIONS = 8, 32, 128, 512, 2048
 TUNED = {8: 5, 32: 5, 128: 5, 2048: 0.2}  # D: vicreg's best --cov-coeff of dims-tune, where it is not 1
 STEPS = *interpolate.PATH, "simclr --normalize A", "simclr --normalize B"
+CIFAR = "--data data/cifar10_jpeg --arch convnet --batch-size 256 --precision bf16"
+SIX = {"simclr": "simclr.py", "vicreg": "vicreg.py", "directclr": "directclr.py",
+       "none": "directclr.py --head none", **{m: f"interpolate.py --method {m}" for m in STEPS[1:3]}}
 BEST = {"simclr-abs": 0.12, "dcl-abs": 0.03, "tcr": 0.12, STEPS[-2]: 0.24, STEPS[-1]: 0.24}
 HEADS = "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random"
 
@@ -91,6 +94,9 @@ TABLES = {
                 for name, command in (("narrow", "vicreg.py --dim 32 --hidden 32"),
                                       ("tuned", "simclr.py --head expander --temperature 0.15"))],
     "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes"),
+    "cifar-rates": [Row(f"`{command} --lr {lr}`", f"{command} {CIFAR} --epochs 2 --holdout 5000 "
+                        f"--lr {lr}", f"cifar-rates/{name}-{lr}")
+                    for name, command in SIX.items() for lr in (0.06, 0.12, 0.24)],
     **on_a_gpu("cifar10", "gpu-cifar10"),
     **on_a_gpu("data/cifar10_jpeg", "gpu-cifar10_jpeg"),
 }
