@@ -12,11 +12,11 @@ python tests/benchmark.py [--device cuda] [--arch resnet18] [--batch-size 512 10
 """
 
 import argparse
-import ctypes
 import importlib
 import os
 import platform
 import re
+import resource
 import statistics
 import sys
 import tempfile
@@ -54,28 +54,32 @@ def time_in_turn(device, functions, rounds):
     return [statistics.median(s) for s in seconds]
 
 def peak_memory(device, function):
-    """Bytes that function allocates at its peak, beyond what is there when it starts; None if the
-    system does not tell."""
-    function()
+    """Bytes that function allocates at its peak; on a CPU its tensors' alone."""
     if device.type == "cuda":
-        synchronize(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        synchronize(device)
         return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
-    except (OSError, AttributeError):
-        return None
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
+    with Allocated() as allocated:
+        function()
+    return allocated.peak
 
-def status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors made under it, now and at their peak."""
+    now = peak = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        for new, tree in ((False, (args, kwargs)), (True, output)):
+            for x in filter(torch.is_tensor, torch.utils._pytree.tree_leaves(tree)):
+                storage = x.untyped_storage()
+                if not hasattr(storage, "counted"):
+                    storage.counted, size = True, new * storage.nbytes()
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, size)
+        return output
+    def free(self, size):
+        self.now -= size
 
 def table(*columns):
     """Begin a Markdown table; row() goes on with it: what is printed can stand in the README."""
@@ -85,7 +89,7 @@ def row(*cells):
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 def mebibytes(size):
-    return "unknown" if size is None else f"{size / 2**20:,.0f}"
+    return f"{size / 2**20:,.0f}"
 
 class Steps:
     """One script's method ready to train: its full step, its bare passes, its augmentation."""
@@ -256,23 +260,7 @@ def part_e(device, args):
         start = time.perf_counter()
         function(z)
         row(f"`{function.__name__}`", f"{time.perf_counter() - start:.0f}",
-            f"{status('VmHWM') / 2**30:.2f}")
-
-class Allocated(TorchDispatchMode):
-    """Bytes of all tensors made under it, now and at their peak."""
-    now = peak = 0
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **kwargs or {})
-        for x in torch.utils._pytree.tree_leaves(output):
-            storage = x.untyped_storage() if torch.is_tensor(x) else None
-            if storage is not None and not hasattr(storage, "counted"):
-                storage.counted, size = True, storage.nbytes()
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, size)
-        return output
-    def free(self, size):
-        self.now -= size
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
 
 def part_f(device, args):
     print("\n(f) Tensors of two training steps, ResNet-50, 224 px, bf16, one GPU of eight, counted on tensors without "

@@ -40,6 +40,17 @@ def test_process_group_serves_both_devices(device, backend, monkeypatch, capsys)
     backends = torch.distributed.BackendConfig(torch.distributed.Backend(asked))
     assert backends.get_device_backend_map().items() >= {"cpu": "gloo", device: backend}.items()
 
+@pytest.mark.parametrize("total, place", [(2**30, "cpu"), (2**33, "cuda")])
+def test_images_stay_where_they_fit(total, place, monkeypatch, capsys):
+    """On a GPU with four times their size in all, whatever its allocator keeps or another run has."""
+    monkeypatch.setattr(simclr, "choose_device", lambda args: (torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(simclr, "load_data", lambda args: ([], *[torch.zeros(600)] * 4))
+    monkeypatch.setattr(torch.Tensor, "nbytes", 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, total))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: simclr.fail("cuda"))
+    monkeypatch.setattr(simclr, "Model", lambda *args: simclr.fail("cpu"))
+    assert refused(capsys, simclr).split()[-1] == place
+
 def make_step(device, *flags, method="simclr", n=16):
     """A function that makes one update, as train() does, and the model."""
     script = SCRIPTS[method]
