@@ -54,15 +54,15 @@ def time_in_turn(device, functions, rounds):
     return [statistics.median(s) for s in seconds]
 
 def peak_memory(device, function):
-    """Bytes that function allocates at its peak; on a CPU its tensors' alone."""
+    """MiB that function allocates at its peak; on a CPU its tensors' alone."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        return torch.cuda.max_memory_allocated() - before
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with Allocated() as allocated:
         function()
-    return allocated.peak
+    return allocated.peak / 2**20
 
 class Allocated(TorchDispatchMode):
     """Bytes of the tensors made under it, now and at their peak."""
@@ -87,9 +87,6 @@ def table(*columns):
 
 def row(*cells):
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-def mebibytes(size):
-    return f"{size / 2**20:,.0f}"
 
 class Steps:
     """One script's method ready to train: its full step, its bare passes, its augmentation."""
@@ -141,7 +138,7 @@ def part_a(device, args):
                 device, [steps.step, steps.bare, steps.augment], args.rounds)
             row(f"`{command}`", batch, f"{1000 * full:.1f}",
                 f"{1000 * bare:.1f}", f"{full / bare:.2f}", f"{augment / full:.2f}",
-                f"{50_000 / batch * full:.1f}", mebibytes(peak_memory(device, steps.step)))
+                f"{50_000 / batch * full:.1f}", f"{peak_memory(device, steps.step):,.0f}")
 
 class TwoViews(torch.utils.data.Dataset):
     """The usual way: torchvision v2 transforms, one image at a time, in worker processes."""
@@ -200,9 +197,8 @@ def part_c(device, args):
                 torch.autograd.grad(official_loss(z1, z2), (z1, z2))
             rounds = args.rounds if device.type == "cuda" else 3
             mine, other = time_in_turn(device, [ours, theirs], rounds)
-            memory = [peak_memory(device, f) for f in (ours, theirs)]
-            row(n, dim, f"{1000 * mine:.1f}", f"{1000 * other:.1f}", f"{other / mine:.1f}",
-                *map(mebibytes, memory))
+            memory = [f"{peak_memory(device, f):,.0f}" for f in (ours, theirs)]
+            row(n, dim, f"{1000 * mine:.1f}", f"{1000 * other:.1f}", f"{other / mine:.1f}", *memory)
 
 class BareCrops(torch.utils.data.Dataset):
     """The usual way to stream: torchvision opens an image and crops it twice, in workers."""

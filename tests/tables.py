@@ -184,6 +184,7 @@ def train(names, jobs, minutes):
             name, command = queue.pop(0)
             folder = RUNS / name
             folder.parent.mkdir(parents=True, exist_ok=True)
+            (folder / "last.pt").exists() or shutil.rmtree(folder, ignore_errors=True)  # killed early
             where = ["--resume" if (folder / "last.pt").exists() else "--out",
                      os.path.relpath(folder, ROOT)]
             with open(f"{folder}.txt", "a") as output:

@@ -2,6 +2,7 @@
 those of the logs."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -118,7 +119,7 @@ def test_logs_are_of_their_commands(name):
                     k: v for k, v in vars(args).items() if k not in free}, log
 
 def test_tables_are_trained_and_written(image_folder, tmp_path, monkeypatch, capfd):
-    """Two seeds of a row, one of them stopped before and gone on with, and one that fails."""
+    """Two seeds of a row, one gone on with after a stop, one killed before it saved; a failure."""
     flags = (f"simclr.py --data {image_folder} --arch convnet --batch-size 20 --dim 32 --epochs 3 "
              "--device cpu --workers 0 --steps 4")
     rows = [tables.Row("`good`", flags, "some/good", "68", 2),
@@ -128,6 +129,8 @@ def test_tables_are_trained_and_written(image_folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(tables, "RUNS", tmp_path / "runs")
     simclr = importlib.import_module("simclr")
     simclr.main([*flags.split()[1:-2], "--steps", "2", "--out", str(tmp_path / "runs/some/good")])
+    os.mkdir(killed := tmp_path / "runs/some/good-seed1")
+    (killed / "log.jsonl").write_text("{}\n")
     assert tables.train(["some"], 2, 10) == 1
     assert "invalid choice: 'vgg'" in capfd.readouterr().out
     finals = [tables.read(name)[-1] for name in ("some/good", "some/good-seed1")]
