@@ -1,5 +1,6 @@
 """Whole runs: to the last line, twice the same, stopped and resumed, and all kinds of bad input."""
 
+import concurrent.futures
 import contextlib
 import functools
 import importlib
@@ -13,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -421,10 +421,9 @@ def test_main_in_a_thread(image_folder):
     """Where no signal can be caught: the same weights and log, as in any run with the same seed."""
     script = SCRIPTS["directclr"]
     out, flags, *_ = finished(script, image_folder)
-    for seed in "01":
-        thread = threading.Thread(target=train, args=(script, *flags, "--seed", seed, "--out", seed))
-        thread.start()
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        for seed in "01":
+            thread.submit(train, script, *flags, "--seed", seed, "--out", seed).result()
     assert equal_weights(out, "0") and without_times(out) == without_times("0")
     assert not equal_weights(out, "1")
 
