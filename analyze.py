@@ -590,7 +590,7 @@ def main(argv=None):
         fail(error)
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a path may hold what the console cannot show
+    hasattr(sys.stdout, "reconfigure") and sys.stdout.reconfigure(errors="replace")  # odd paths
     try:
         main()
     except KeyboardInterrupt:
