@@ -380,7 +380,7 @@ class LARS(torch.optim.SGD):
                 p.grad.mul_(ratio.where(ratio.isfinite() & (ratio > 0), 1.0))
         super().step()
 
-def build_optimizer(model, args):
+def build_optimizer(model, args, fused=False):
     """SGD or LARS. SGD slows the head by head.rate; the probe has plain SGD at 0.1 and no decay."""
     lr, sgd = args.lr * args.batch_size / 256, args.optimizer == "sgd"
     slower = getattr(model.head, "rate", 1.0) if sgd else 1.0
@@ -389,8 +389,7 @@ def build_optimizer(model, args):
                "peak_lr": rate, "eta": 0.001, "decay": args.weight_decay,  # LARS's
                "weight_decay": args.weight_decay * sgd} for part, rate in rates]
     groups[-1].update(weight_decay=0.0, eta=0.0)  # the probe's
-    fused = sgd and groups[0]["params"][0].is_cuda
-    return (torch.optim.SGD if sgd else LARS)(groups, momentum=0.9, fused=fused)
+    return (torch.optim.SGD if sgd else LARS)(groups, momentum=0.9, fused=sgd and fused or None)
 
 # ==== 8. Runtime [shared] =========================================================================
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
@@ -630,7 +629,8 @@ def main(argv=None):
     torch.manual_seed(derive_seed(args.seed, 0))
     model = Model(args, size, max(1, len(classes))).to(device, memory_format=torch.channels_last)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda and WORLD > 1 else model
-    optimizer = build_optimizer(model, args)
+    fused = cuda and dtype != torch.float16  # if fp16 skipped step 1 momentum were garbage
+    optimizer = build_optimizer(model, args, fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     live = {**dict(model.named_children()), "optimizer": optimizer, "scaler": scaler}
     state = {"data": [n, len(data[4]), size, classes], "step": 0, "seconds": 0.0, "untrained": {},

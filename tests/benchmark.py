@@ -35,21 +35,18 @@ import analyze  # noqa: E402
 import simclr  # noqa: E402
 import vicreg  # noqa: E402
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
 def time_in_turn(device, functions, rounds):
     """Median seconds of each function, taken in turn after two warm-ups each."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
     for function in functions * 2:
         function()
     seconds = [[] for _ in functions]
     for _ in range(rounds):
         for function, mine in zip(functions, seconds):
-            synchronize(device)
+            wait()
             start = time.perf_counter()
             function()
-            synchronize(device)
+            wait()
             mine.append(time.perf_counter() - start)
     return [statistics.median(s) for s in seconds]
 
@@ -100,7 +97,8 @@ class Steps:
         _, self.dtype = script.choose_device(run)
         torch.manual_seed(0)
         self.model = script.Model(run, 32, 10).to(device, memory_format=torch.channels_last)
-        self.optimizer = script.build_optimizer(self.model, run)
+        self.optimizer = script.build_optimizer(
+            self.model, run, fused=device.type == "cuda" and self.dtype != torch.float16)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.view, self.loss = script.augment, script.loss_fn
         if args.compile:
@@ -144,11 +142,10 @@ class TwoViews(torch.utils.data.Dataset):
     """The usual way: torchvision v2 transforms, one image at a time, in worker processes."""
     def __init__(self, images):
         self.images = images
-        jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
         self.transform = v2.Compose([
             v2.RandomResizedCrop(images.shape[-1], scale=(0.2, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(), v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.1),
-            v2.ToDtype(torch.float32, scale=True)])
+            v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.1), v2.ToDtype(torch.float32, scale=True)])
     def __len__(self):
         return len(self.images)
     def __getitem__(self, index):
@@ -259,8 +256,8 @@ def part_e(device, args):
             f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
 
 def part_f(device, args):
-    print("\n(f) Tensors of two training steps, ResNet-50, 224 px, bf16, one GPU of eight, counted on tensors without "
-          "data; the allocator's,\ncuDNN's and NCCL's own come on top.")
+    print("\n(f) Tensors of two training steps, ResNet-50, 224 px, bf16, one GPU of eight, counted "
+          "on tensors without data; the allocator's,\ncuDNN's and NCCL's own come on top.")
     table("recipe", "GiB at the peak")
     text = (Path(__file__).parent.parent / "README.md").read_text()
     flags = re.search('IMAGENET="(.*)"', text)[1].split()
@@ -271,8 +268,7 @@ def part_f(device, args):
         script.gather = lambda x: torch.cat([x, *(torch.empty_like(x) for _ in range(7))])
         with FakeTensorMode(), Allocated() as allocated:
             model = script.Model(run, 224, 1000)
-            optimizer = script.build_optimizer(model, run)
-            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            optimizer, scaler = script.build_optimizer(model, run), torch.amp.GradScaler(enabled=False)
             for _ in range(2):
                 script.train_step(
                     model, optimizer, scaler, script.augment, script.loss_fn,

@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import simclr
@@ -40,16 +41,19 @@ def test_process_group_serves_both_devices(device, backend, monkeypatch, capsys)
     backends = torch.distributed.BackendConfig(torch.distributed.Backend(asked))
     assert backends.get_device_backend_map().items() >= {"cpu": "gloo", device: backend}.items()
 
-@pytest.mark.parametrize("total, place", [(2**30, "cpu"), (2**33, "cuda")])
-def test_images_stay_where_they_fit(total, place, monkeypatch, capsys):
-    """On a GPU with four times their size in all, whatever its allocator keeps or another run has."""
-    monkeypatch.setattr(simclr, "choose_device", lambda args: (torch.device("cuda"), torch.float32))
+@pytest.mark.parametrize("total, dtype", [(2**33, torch.float16), (2**30, torch.bfloat16)])
+def test_what_a_gpu_is_given(total, dtype, monkeypatch, capsys):
+    """Images, if it has four times their size, in use or not; fused SGD, but not with fp16."""
+    moved = []
+    monkeypatch.setattr(simclr, "choose_device", lambda args: (torch.device("cuda"), dtype))
     monkeypatch.setattr(simclr, "load_data", lambda args: ([], *[torch.zeros(600)] * 4))
     monkeypatch.setattr(torch.Tensor, "nbytes", 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, total))
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: simclr.fail("cuda"))
-    monkeypatch.setattr(simclr, "Model", lambda *args: simclr.fail("cpu"))
-    assert refused(capsys, simclr).split()[-1] == place
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: moved.append(device) or x)
+    monkeypatch.setattr(simclr, "Model", lambda *args: SimpleNamespace(to=lambda *a, **k: None))
+    monkeypatch.setattr(simclr, "build_optimizer", lambda model, args, fused: simclr.fail(fused))
+    assert refused(capsys, simclr).split()[-1] == str(dtype != torch.float16)
+    assert len(moved) == 4 * (total > 2**32)
 
 def make_step(device, *flags, method="simclr", n=16):
     """A function that makes one update, as train() does, and the model."""
@@ -57,10 +61,11 @@ def make_step(device, *flags, method="simclr", n=16):
     args = script.parse_args(["--data", "shapes", "--device", device, *flags])
     _, dtype = script.choose_device(args)
     model = script.Model(args, 32, 10).to(device, memory_format=torch.channels_last)
-    optimizer, scaler = script.build_optimizer(model, args), torch.amp.GradScaler(enabled=False)
+    optimizer = script.build_optimizer(model, args, fused=device == "cuda")
     batch = *script.draw_shapes(n, 1), torch.rand(2, script.DRAWS, n, 1, 1, 1)
-    return functools.partial(script.train_step, model, optimizer, scaler, script.augment,
-                             script.loss_fn, *(x.to(device) for x in batch), args, dtype), model
+    return functools.partial(
+        script.train_step, model, optimizer, torch.amp.GradScaler(enabled=False), script.augment,
+        script.loss_fn, *(x.to(device) for x in batch), args, dtype), model
 
 @NEEDS_GPU
 @pytest.mark.parametrize("choice", [

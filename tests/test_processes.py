@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_runs import (METHODS, SCRIPTS, TINY, equal_weights, finished, load, records, refused,
-                       train, wait_for, without_times)
+from test_runs import (HEADS, METHODS, SCRIPTS, TINY, equal_weights, finished, load, records,
+                       refused, train, wait_for, without_times)
 from torch import nn
 
 import simclr
@@ -89,8 +89,7 @@ def test_full_disk(image_folder, tmp_path):
 
 LOSSES = [
     ("simclr", "--temperature 0.2"), ("simclr", "--head expander"), ("vicreg", ""),
-    *[("directclr", f"--head {head}") for head in (
-        "slice", "none", "linear", "mlp", "diagonal", "orthogonal", "lowrank", "random")],
+    *[("directclr", f"--head {head}") for head in HEADS],
     *[("interpolate", f"--head mlp --method {name}") for name in SCRIPTS["interpolate"].PATH],
     ("interpolate", "--method simclr --normalize A"), ("interpolate", "--method dcl --normalize B"),
     ("interpolate", "--method vicreg --blend simclr --alpha 0.3")]
