@@ -637,7 +637,7 @@ def main(argv=None):
     torch.manual_seed(derive_seed(args.seed, 0))
     model = Model(args, size, max(1, len(classes))).to(device, memory_format=torch.channels_last)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda and WORLD > 1 else model
-    fused = cuda and dtype != torch.float16  # if fp16 skipped step 1 momentum were garbage
+    fused = cuda and dtype != torch.float16  # fp16's skipped first steps leave garbage as momentum
     optimizer = build_optimizer(model, args, fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     live = {**dict(model.named_children()), "optimizer": optimizer, "scaler": scaler}
