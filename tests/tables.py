@@ -98,8 +98,8 @@ TABLES = {
     "cifar-rates": [Row(f"`{command} --lr {lr}`", f"{command} {CIFAR} --epochs 2 --holdout 5000 "
                         f"--lr {lr}", f"cifar-rates/{name}-{lr}")
                     for name, command in SIX.items() for lr in (0.06, 0.12)],
-    "cifar": [Row(f"`{command}`", f"{command} {CIFAR} --epochs 20", f"cifar/{name}")
-              for name, command in SIX.items()],
+    "cifar": [Row(f"`{command}`", f"{command} {CIFAR} --epochs 20", f"cifar/{name}", "",
+                  3 if "directclr" in command else 1) for name, command in SIX.items()],
     **on_a_gpu("cifar10", "gpu-cifar10"),
     **on_a_gpu("data/cifar10_jpeg", "gpu-cifar10_jpeg"),
 }
