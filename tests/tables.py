@@ -94,7 +94,7 @@ TABLES = {
     "choices": [Row(f"`{command}`", f"{command} --data shapes", f"choices/{name}", "", 3)
                 for name, command in (("narrow", "vicreg.py --dim 32 --hidden 32"),
                                       ("tuned", "simclr.py --head expander --temperature 0.15"))],
-    "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes"),
+    "heads-shapes": rows("directclr.py", "--head", HEADS, SMALL, "heads-shapes", 3),
     "cifar-rates": [Row(f"`{command} --lr {lr}`", f"{command} {CIFAR} --epochs 2 --holdout 5000 "
                         f"--lr {lr}", f"cifar-rates/{name}-{lr}")
                     for name, command in SIX.items() for lr in (0.06, 0.12)],
