@@ -21,7 +21,7 @@ Jing, Vincent, LeCun, Tian, Understanding dimensional collapse in contrastive se
 Run     python analyze.py runs/vicreg-shapes runs/simclr-shapes     the first three
         python analyze.py compare runs/interpolate-all-shapes       a folder of runs
         python analyze.py spectrum mine.npy                         embeddings of your own
-Copy    spectrum, participation_ratio, collapsed, effective_rank, duality, criterion, pair_sums
+Copy    spectrum, duality, effective_rank, participation_ratio, collapsed, with what they call
 Leaves  runs/analysis/NAME.json and NAME.md, NAME.svg too where matplotlib is installed
 """
 

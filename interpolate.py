@@ -312,7 +312,7 @@ def find_images(root):
     sets = [sorted({(os.stat(home[i])[1:3], os.path.basename(files[i])): i for i in sorted(
         rows, key=lambda i: (not home[i].is_symlink(), -len(files[i])))}.values()) for rows in sets]
     classes = sorted({places[i][1] for i in sets[0] if places[i][0] == "train"} - {""})
-    unknown = sorted({places[i][1] for rows in sets[1:] for i in rows} - {*classes})
+    unknown = sorted({places[i][1] or "." for rows in sets[1:] for i in rows} - {*classes})
     unknown and classes[1:] and fail(f"--data {root}: test images in no class of train/: {unknown}")
     number = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
     print(f"{sum(map(len, sets))} images, of {len(found)} files and folders in {root}")
@@ -530,7 +530,7 @@ def evaluate(model, data, args, linear=True, folder=None):
         return gather(torch.cat(h))[: len(index)]
     known, test_y = torch.where(labels.cpu() >= 0)[0], test_labels.to(device)
     h = represent(test_images, torch.arange(len(test_y)))
-    p = torch.linalg.eigvalsh(h.double().cpu().T @ h.double().cpu()).clamp(min=0).sqrt()
+    p = torch.linalg.eigvalsh(h.cpu().double().T @ h.cpu().double()).clamp(min=0).sqrt()
     p = p / p.sum().clamp(min=1e-12)  # normalised singular values; exp of their entropy: RankMe
     metrics = {"rank": torch.special.entr(p).sum().exp().item()}
     if len(known):
@@ -632,7 +632,7 @@ def open_run(args, log_bytes):
     names = (name + f"-{i}" * (i > 1) for i in range(1, 10**6))
     folder = Path(args.resume or args.out or next(n for n in names if not Path(n).exists()))
     folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.jsonl", "a" if args.resume else "x", buffering=1)
+    log = open(folder / "log.jsonl", "a" if args.resume or args.out else "x", buffering=1)
     log.seek(log.truncate(min(log_bytes, os.path.getsize(log.name))))
     return folder, log
 
@@ -695,8 +695,8 @@ def parse_args(argv=None):
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.resume and args.out
     run = again if again and Path(again, "last.pt").exists() else args.resume  # torchrun's restart
     saved = {} if run is None else load_checkpoint(run)["args"]
-    parser.set_defaults(**{**(SHAPES if args.data == "shapes" else {}), **saved, "resume": run})
-    args = parser.parse_args(argv)
+    parser.set_defaults(**saved if args.resume else SHAPES if args.data == "shapes" else {})
+    args = parser.parse_args(argv, argparse.Namespace(resume=run))
     typed = [k for k, v in saved.items() if k not in FREE and getattr(args, k) != v]
     shares = (args.gray, *args.blur, *args.solarize, *args.jitter, 2 * args.jitter[3], args.warmup)
     for rule, holds in {
@@ -711,8 +711,8 @@ def parse_args(argv=None):
             "0 < --crop LOW <= HIGH <= 1": 0 < args.crop[0] <= args.crop[1] <= 1,
             f"--batch-size {args.batch_size} is for all processes, a multiple of their number, "
             f"{WORLD}, and two each": args.batch_size % WORLD == 0 and args.batch_size >= 2 * WORLD,
-            f"--out {args.out} holds a run; to go on --resume {args.out}": not args.out or
-                args.resume or not Path(args.out, "log.jsonl").exists()}.items():
+            f"--out {args.out} holds a run; take --resume {args.out} or another": not args.out or
+                args.resume or again or not Path(args.out, "log.jsonl").exists()}.items():
         holds or fail(rule)
     return args
 
