@@ -181,7 +181,7 @@ def test_dry_run_and_finished_run_go_on(image_folder, capsys, monkeypatch):
     assert records("moved") == [{"final": True, **again}]
     train(script, *flags, "--out", "once", "--steps", "5")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert "not another seed" in refused(capsys, script, *flags, "--out", "once", "--seed", "9")
+    assert "not another dim, lr, arch" in refused(capsys, script, *flags[:2], "--out", "once")
     train(script, *flags, "--out", "once")
     assert equal_weights(out, "once") and len(records("once")) == len(records(out))
 
