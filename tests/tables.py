@@ -32,7 +32,7 @@ PAGES = ROOT / "README.md", RESULTS / "README.md"
 
 # label: the row's first cell; published: top-1 on ImageNet, ResNet-50, 100 epochs; seeds: how many
 Row = collections.namedtuple("Row", "label command name published seeds", defaults=("", 1))
-PUBLISHED = {  # Garrido et al. 2023, Table S5; Jing et al. 2022, Tables 1 and 2
+PUBLISHED = {  # Garrido et al. 2023, Table S5 and text; Jing et al. 2022, Tables 1 and 2
     "vicreg": "68.1", "vicreg-exp": "68.0", "vicreg-ctr": "67.9", "simclr": "68.6",
     "simclr-abs": "68.7", "slice": "62.7", "none": "51.5", "linear": "61.1", "mlp": "66.5",
     "diagonal": "60.2", "orthogonal": "52.2", "lowrank": "62.3", "random": "43.0"}
